@@ -1,0 +1,1626 @@
+"""Masked Image Residual Learning (MIRL, NeurIPS 2023) in one file.
+
+Masked image modelling stops helping in the deep layers of a ViT. MIRL gives those layers a job of
+their own: the encoder is cut into G segments, each with a small decoder. A shallow segment predicts
+the image's *main component* x̂, its deep partner the *image residual* ξ̂ that x̂ missed, and only the
+sum of the two is compared with the image. MAE is the case G = 1 of the same code.
+
+The method comes first, in the order in which it is best read:
+    configurations · patches, positions, masking · transformer blocks · the ViT ·
+    segments and decoders · losses and pictures
+and then what the scripts share:
+    data · optimisation · devices and processes · runs on disk · command line
+
+    >>> model = build_mirl("vit_b")
+    >>> out = model(images)                  # images: (B, 3, 224, 224), ImageNet-normalised
+    >>> out.loss.backward()
+
+"[S x]" is section x of the paper's supplementary material, "[R]" a fact of its released code.
+Symbols: B images of C channels and H × W pixels, cut into N patches of P × P; V visible patches;
+D encoder width; d decoder width; G segments.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import typing
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torchvision.ops import StochasticDepth
+
+
+class UserError(ValueError):
+    """Wrong input, said in one sentence: the scripts print it and exit with code 2."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Configurations
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a model's shape. Raises UserError where the encoder is impossible."""
+
+    depth: int = 12  # encoder blocks
+    width: int = 768  # D
+    heads: int = 12
+    segments: int = 4  # G: even, or 1 for MAE
+    decoder_width: int = 512  # d
+    decoder_depth: int = 2  # blocks in each of the G decoders
+    decoder_heads: int = 16
+    image_size: int | tuple[int, int] = 224  # H = W, or (H, W)
+    patch_size: int = 16  # P
+    channels: int = 3  # C
+    dense: bool = True  # decoders attend to the embeddings of all earlier segments
+    weight_norm: bool = True  # pixel head with columns of unit norm
+    mask_ratio: float = 0.75
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0  # rate of the last block; grows linearly from 0 at the first
+    num_classes: int = 1000
+    pool: str = "mean"  # "mean" over patches or "cls": a classifier; "none": tokens, no head
+
+    def __post_init__(self):
+        for name in ("depth", "width", "heads", "patch_size", "channels", "num_classes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        height, width = self.image_hw
+        if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
+            raise UserError(
+                f"an image of {height}x{width} does not divide into patches of {self.patch_size}: "
+                "choose image_size as a multiple of patch_size"
+            )
+        check_width("width", self.width, "heads", self.heads)
+        if not 0 <= self.drop_path < 1:
+            raise UserError(f"drop_path must be in [0, 1), not {self.drop_path}")
+        if self.pool not in ("mean", "cls", "none"):
+            raise UserError(f"pool must be mean, cls or none, not {self.pool!r}")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along the height and along the width."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """N"""
+        return math.prod(self.grid)
+
+    @property
+    def num_visible(self) -> int:
+        """V = int(N·(1 − mask ratio))"""
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    @property
+    def pixels(self) -> int:
+        """P·P·C, the length of a flat patch"""
+        return self.patch_size**2 * self.channels
+
+    def check_mirl(self) -> None:
+        """Raises UserError where segments, decoders or masking are impossible."""
+        G = self.segments
+        if G < 1 or (G > 1 and G % 2):
+            raise UserError(f"segments must be 1 (MAE) or even, because they pair up, not {G}")
+        if self.depth < G:
+            raise UserError(
+                f"{G} segments need at least {G} blocks and the encoder has {self.depth}"
+            )
+        if self.decoder_depth < 1:
+            raise UserError(f"decoder_depth must be at least 1, not {self.decoder_depth}")
+        check_width("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(f"mask_ratio must be between 0 and 1, not {self.mask_ratio}")
+        if not 0 < self.num_visible < self.num_patches:
+            kind = "masked" if self.num_visible else "visible"
+            raise UserError(
+                f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no {kind} patch"
+            )
+
+
+def check_width(width_name: str, width: int, heads_name: str, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise UserError(f"{width_name} {width} does not divide into {heads_name} {heads}")
+    if width % 4:
+        raise UserError(
+            f"{width_name} {width} is not a multiple of 4, which sin-cos positions need"
+        )
+
+
+def _small(depth, width, heads, segments, decoder_width, decoder_depth, decoder_heads):
+    sizes = (depth, width, heads, segments, decoder_width, decoder_depth, decoder_heads)
+    return Config(*sizes, image_size=32, patch_size=4)
+
+
+# [S D, Table 4] and [R]; vit_l for comparison, the last three for images of 32 × 32.
+MODELS = {
+    #                   depth     D heads  G    d blocks heads
+    "vit_s": Config(12, 384, 12, 4, 384, 2, 16),
+    "vit_s_54": Config(54, 384, 12, 6, 384, 1, 12),
+    "vit_b": Config(12, 768, 12, 4, 512, 2, 16),
+    "vit_b_24": Config(24, 768, 12, 4, 512, 2, 16),
+    "vit_b_48": Config(48, 768, 12, 6, 512, 2, 16),
+    "vit_l": Config(24, 1024, 16, 4, 512, 2, 16),
+    "vit_ti": _small(12, 192, 3, 4, 128, 2, 4),
+    "vit_ti_48": _small(48, 192, 3, 6, 128, 2, 4),
+    "vit_nano": _small(8, 96, 3, 4, 64, 1, 2),
+}
+
+
+def model_config(name: str, **overrides) -> Config:
+    """The configuration `name` of MODELS with any of Config's fields replaced.
+
+    Raises UserError for an unknown name or field, or an impossible combination.
+    """
+    if name not in MODELS:
+        raise UserError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+    fields = [f.name for f in dataclasses.fields(Config)]
+    for key in overrides:
+        if key not in fields:
+            raise UserError(f"a model has no field {key!r}; the fields are {', '.join(fields)}")
+    return replace(MODELS[name], **overrides)
+
+
+def mae_overrides(name: str) -> dict[str, Any]:
+    """What turns model `name` into its MAE baseline: one plain decoder at the end of the encoder.
+
+    For the 224-pixel models that is MAE's own (d = 512, 8 blocks, 16 heads); for the small ones
+    the MIRL decoders stacked into one, so that the two methods cost about the same.
+    """
+    config = model_config(name)
+    mae = dict(segments=1, dense=False, weight_norm=False)
+    if config.image_size == 224:
+        return mae | dict(decoder_width=512, decoder_depth=8, decoder_heads=16)
+    return mae | dict(decoder_depth=config.segments * config.decoder_depth)
+
+
+def build_vit(name: str, **overrides) -> "ViT":
+    """A randomly initialised ViT classifier; see `model_config` for what it takes and raises."""
+    return ViT(model_config(name, **overrides))
+
+
+def build_mirl(name: str, **overrides) -> "MIRL":
+    """A randomly initialised MIRL model; see `model_config` for what it takes and raises.
+
+    >>> build_mirl("vit_b", **mae_overrides("vit_b"))       # the MAE baseline
+    """
+    return MIRL(model_config(name, **overrides))
+
+
+# ------------------------------------------------------------------------------------------------
+# Patches, positions, masking
+# ------------------------------------------------------------------------------------------------
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, P·P·C): patches in row order, pixels as (row, column, channel)."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """(B, N, P·P·C) -> (B, C, H, W): the inverse of `patchify` on a (H/P, W/P) grid."""
+    return rearrange(
+        patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=patch_size, q=patch_size
+    )
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """The fixed 2-D sin-cos table, float32 (1, 1+N, width); row 0, the class token's, is zero.
+
+    The first half of the channels encodes the column, the second the row, each as [sin | cos] over
+    width/4 frequencies 10000^(−4i/width). [R]
+    """
+    frequencies = 10000 ** (-torch.arange(0, width, 4, dtype=torch.float64) / width)  # (width/4,)
+    angles = [torch.outer(torch.arange(n, dtype=torch.float64), frequencies) for n in grid]
+    rows, columns = (torch.cat([a.sin(), a.cos()], dim=1) for a in angles)  # (n, width/2) each
+    h, w = grid
+    table = torch.cat([columns.repeat(h, 1), rows.repeat_interleave(w, dim=0)], dim=1)
+    return F.pad(table, (0, 0, 1, 0)).float()[None]
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """Choose each image's visible patches: the int(N·(1 − ratio)) with the smallest noise.
+
+    noise: float (B, N), uniform. Returns the visible patches' indices, int64 (B, V), and the mask,
+    bool (B, N), True where a patch is masked.
+    """
+    num_visible = int(noise.shape[1] * (1 - mask_ratio))
+    visible = noise.argsort(dim=1)[:, :num_visible]
+    mask = torch.ones_like(noise, dtype=torch.bool).scatter(1, visible, False)
+    return visible, mask
+
+
+def take(x: Tensor, indices: Tensor) -> Tensor:
+    """Rows `indices` (B, V) of x (B, N, D) -> (B, V, D)."""
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[2]))
+
+
+def put(x: Tensor, indices: Tensor, background: Tensor) -> Tensor:
+    """The inverse of `take`: `background` (B, N, D) with its rows `indices` replaced by x."""
+    return background.scatter(1, indices[..., None].expand(-1, -1, x.shape[2]), x)
+
+
+# ------------------------------------------------------------------------------------------------
+# Transformer blocks
+# ------------------------------------------------------------------------------------------------
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier uniform for linear layers, a patch convolution counting as one; biases zero. [R]"""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.zeros_(module.bias)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, n, D) -> (B, n, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, n, D/h)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x (B, n, D) to y (B, m, D) -> (B, n, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(self.kv(y), "b m (kv h d) -> kv b h m d", kv=2, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, n, D/h)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; with `cross`, a decoder's block, which also attends to y.
+
+    The order is self-attention, cross-attention, MLP. y (B, m, D) passes a LayerNorm of this block
+    and goes un-updated to every block of a decoder. [R]
+    """
+
+    def __init__(self, width, heads, mlp_ratio=4.0, drop_path=0.0, cross=False):
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, heads)
+        if cross:
+            self.norm_x, self.norm_y = layer_norm(width), layer_norm(width)
+            self.cross_attn = CrossAttention(width, heads)
+        self.norm2 = layer_norm(width)
+        hidden = int(width * mlp_ratio)
+        layers = dict(fc1=nn.Linear(width, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # (B, n, D), (B, m, D)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        if y is not None:
+            x = x + self.cross_attn(self.norm_x(x), self.norm_y(y))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+# ------------------------------------------------------------------------------------------------
+# The ViT
+# ------------------------------------------------------------------------------------------------
+
+
+class PatchEmbed(nn.Module):
+    """A P × P convolution of stride P, which is a linear layer on flat patches, applied as one.
+
+    So pre-training can embed the visible patches alone; `proj` keeps the shape that timm and MAE
+    give it. (..., P·P·C) -> (..., D)
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        P = config.patch_size
+        self.proj = nn.Conv2d(config.channels, config.width, kernel_size=P, stride=P)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = rearrange(self.proj.weight, "d c p q -> d (p q c)")
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class ViT(nn.Module):
+    """A plain pre-norm ViT: the encoder of MIRL and, with a head, the classifier made from it.
+
+    `config.pool` decides what `forward` returns for images (B, C, H, W):
+    - "mean": logits (B, classes) from the mean over the patch tokens, LayerNorm `fc_norm`, `head`
+    - "cls":  logits (B, classes) from the class token after LayerNorm `norm`, then `head`
+    - "none": all tokens (B, 1+N, D) after LayerNorm `norm`; there is no head
+    State-dict keys are timm's and MAE's. The position table is a buffer: saved, never trained.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        D = config.width
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.register_buffer("pos_embed", sincos_positions(D, config.grid))
+        rate = config.drop_path / max(1, config.depth - 1)
+        self.blocks = nn.ModuleList(
+            Block(D, config.heads, config.mlp_ratio, drop_path=k * rate)
+            for k in range(config.depth)
+        )
+        mean = config.pool == "mean"
+        self.norm = nn.Identity() if mean else layer_norm(D)
+        self.fc_norm = layer_norm(D) if mean else nn.Identity()
+        self.head = nn.Identity() if config.pool == "none" else nn.Linear(D, config.num_classes)
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if config.pool != "none":
+            nn.init.trunc_normal_(self.head.weight, std=2e-5)  # [R]
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, P·P·C). Raises UserError for images of another shape."""
+        expected = (self.config.channels, *self.config.image_hw)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise UserError(
+                f"the model expects images of shape (batch, {', '.join(map(str, expected))}), "
+                f"not {tuple(images.shape)}"
+            )
+        return patchify(images, self.config.patch_size)
+
+    def embed(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The input of block 1: class token and patches (B, V, P·P·C) with positions, (B, 1+V, D).
+
+        visible: int64 (B, V), the places that the patches come from; None for all N in order.
+        """
+        cls_position, positions = self.pos_embed.split([1, self.config.num_patches], dim=1)
+        positions = positions if visible is None else positions[0][visible]  # (B, V, D)
+        x = self.patch_embed(patches) + positions  # (B, V, D)
+        cls = (self.cls_token + cls_position).to(x.dtype).expand(len(x), -1, -1)
+        return torch.cat([cls, x], dim=1)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> tokens (B, 1+N, D) after the last block (and `norm`)."""
+        x = self.embed(self.patchify(images))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.forward_features(images)  # (B, 1+N, D)
+        if self.config.pool == "mean":
+            x = x[:, 1:].mean(dim=1)
+        elif self.config.pool == "cls":
+            x = x[:, 0]
+        return self.head(self.fc_norm(x))
+
+    def intermediate_features(self, images: Tensor, blocks: list[int] | None = None):
+        """Feature maps for dense tasks: a list of (B, D, H/P, W/P), un-normed, without class token.
+
+        blocks: 0-based blocks after which to take them, default the last of each segment.
+        Raises UserError where there is no such block.
+        """
+        depth = self.config.depth
+        ends = segment_ends(depth, self.config.segments)
+        wanted = [end - 1 for end in ends] if blocks is None else blocks
+        if bad := [b for b in wanted if not 0 <= b < depth]:
+            raise UserError(f"there is no block {bad[0]} in an encoder of {depth} blocks")
+        x = self.embed(self.patchify(images))
+        maps = {}
+        for k, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = block(x)
+            if k in wanted:
+                maps[k] = rearrange(x[:, 1:], "b (h w) d -> b d h w", h=self.config.grid[0])
+        return [maps[k] for k in wanted]
+
+
+# ------------------------------------------------------------------------------------------------
+# Segments and decoders
+# ------------------------------------------------------------------------------------------------
+
+
+def segment_ends(depth: int, segments: int) -> list[int]:
+    """How many blocks come before the end of each segment: ceil(g·depth/G), g = 1..G."""
+    return [-(-g * depth // segments) for g in range(1, segments + 1)]
+
+
+class Decoder(nn.Module):
+    """H_g: from the visible tokens of one segment to the pixels of every patch."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        d = config.decoder_width
+        self.num_patches = config.num_patches
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
+        self.register_buffer("pos_embed", sincos_positions(d, config.grid), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(d, config.decoder_heads, config.mlp_ratio, cross=config.dense)
+            for _ in range(config.decoder_depth)
+        )
+        self.norm = layer_norm(d)
+        self.head = nn.Linear(d, config.pixels)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+        if config.weight_norm:
+            # dim=1, not the default 0: the columns of the (out, in) weight have unit norm [R]
+            nn.utils.parametrizations.weight_norm(self.head, dim=1)
+            magnitude = self.head.parametrizations.weight.original0
+            magnitude.data.fill_(1)
+            magnitude.requires_grad_(False)
+
+    def forward(self, e: Tensor, y: Tensor | None, visible: Tensor) -> Tensor:
+        """e: (B, 1+V, d), this segment's class token and visible tokens. y: (B, g·(1+V), d), the
+        embeddings of all earlier segments, or None. visible: (B, V). Returns (B, N, P·P·C)."""
+        cls, tokens = e[:, :1], e[:, 1:]
+        background = self.mask_token.to(e.dtype).expand(len(e), self.num_patches, -1)
+        x = torch.cat([cls, put(tokens, visible, background)], dim=1)  # (B, 1+N, d)
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x, y)
+        return self.head(self.norm(x[:, 1:]))  # class token dropped
+
+
+class MIRLOutput(NamedTuple):
+    """What `MIRL.forward` returns. Predictions are float32, in patch-normalised pixel space."""
+
+    loss: Tensor  # (), the mean over the pairs
+    losses: Tensor  # (G/2,), L_g of each pair, detached; (1,) for MAE
+    main: tuple[Tensor, ...]  # x̂_g, (B, N, P·P·C) for each pair g
+    residual: tuple[Tensor, ...]  # ξ̂_g, likewise; empty for MAE
+    mask: Tensor  # bool (B, N), True where a patch was masked
+
+
+class MIRL(nn.Module):
+    """The encoder cut into G segments, each with a decoder; MAE when G = 1 and not `dense`.
+
+    Segment g ends after block ceil(g·depth/G). Raises UserError for an impossible configuration.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        config.check_mirl()
+        self.config = config
+        D, d, G = config.width, config.decoder_width, config.segments
+        self.encoder = ViT(replace(config, pool="none"))
+        # The last segment's norm is the encoder's own.
+        self.segment_norms = nn.ModuleList(layer_norm(D) for _ in range(G - 1))
+        self.segment_embeds = nn.ModuleList(nn.Linear(D, d) for _ in range(G))
+        self.decoders = nn.ModuleList(Decoder(config) for _ in range(G))
+        if config.dense:
+            self.input_norm, self.input_embed = layer_norm(D), nn.Linear(D, d)
+            self.input_embed.apply(init_weights)
+        self.segment_embeds.apply(init_weights)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> MIRLOutput:
+        """images: float (B, C, H, W), normalised. noise: (B, N) for `random_masking`, drawn from
+        torch's global generator where None. Raises UserError for images of another shape."""
+        patches = self.encoder.patchify(images)  # (B, N, P·P·C)
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=images.device)
+        visible, mask = random_masking(noise, self.config.mask_ratio)  # (B, V), (B, N)
+
+        predictions = self.decode_segments(take(patches, visible), visible)  # G × (B, N, P·P·C)
+
+        # Pair from the outside in: segment g predicts the main component, G+1−g the residual.
+        pairs = max(1, len(predictions) // 2)
+        main, residual = predictions[:pairs], predictions[pairs:][::-1]  # x̂_g, ξ̂_g
+        target = normalise_patches(patches.float())[0]
+        losses = torch.stack(
+            [
+                reconstruction_loss(target, mask, main[g], residual[g] if residual else None)
+                for g in range(pairs)
+            ]
+        )
+        return MIRLOutput(losses.mean(), losses.detach(), tuple(main), tuple(residual), mask)
+
+    def decode_segments(self, patches: Tensor, visible: Tensor) -> list[Tensor]:
+        """Visible patches (B, V, P·P·C) and their places (B, V) -> the G decoders' predictions,
+        float32 (B, N, P·P·C) each, in the order of the segments."""
+        x = self.encoder.embed(patches, visible)  # (B, 1+V, D)
+        # e_0, e_1, …, nearest first; the stream x itself goes on un-normed
+        earlier = [self.input_embed(self.input_norm(x))] if self.config.dense else []
+        predictions = []
+        start = 0
+        ends = segment_ends(self.config.depth, self.config.segments)
+        norms = [*self.segment_norms, self.encoder.norm]
+        for end, norm, embed, decoder in zip(
+            ends, norms, self.segment_embeds, self.decoders, strict=True
+        ):
+            for block in self.encoder.blocks[start:end]:
+                x = block(x)  # z_g at the end
+            e = embed(norm(x))  # e_g: (B, 1+V, d)
+            y = torch.cat(earlier, dim=1) if earlier else None  # (B, g·(1+V), d)
+            predictions.append(decoder(e, y, visible).float())
+            if self.config.dense:
+                earlier.insert(0, e)
+            start = end
+        return predictions
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses and pictures
+# ------------------------------------------------------------------------------------------------
+
+
+def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The target: each patch (…, P·P·C) by its own statistics, (x − mean)/sqrt(var + 1e-6).
+
+    The variance is unbiased. Returns the target and, (…, 1) each, the means and deviations. [R]
+    """
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    std = (var + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std
+
+
+def reconstruction_loss(
+    target: Tensor, mask: Tensor, main: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """L_g = 1/|M| · Σ_{i∈M} 1/(P²C) · ‖x^i − x̂_g^i − ξ̂_g^i‖²   (main paper, Eq. 6)
+
+    target x, main x̂_g, residual ξ̂_g: float (B, N, P·P·C), x patch-normalised; without a residual
+    this is MAE's loss. mask M: bool (B, N), True = masked; the mean runs over the masked patches of
+    the whole batch. Neither prediction is detached. Returns a scalar.
+    """
+    error = target - main if residual is None else target - main - residual
+    return (error.square().mean(dim=-1) * mask).sum() / mask.sum()
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def panels(
+    images: Tensor, out: MIRLOutput, patch_size: int, pair: int = 1, mean=None, std=None
+) -> Tensor:
+    """Pixel-space pictures of a result, (B, 5, C, H, W) in [0, 1]  [S C, Figure 1].
+
+    The five: ground truth, masked image, reconstruction, residual, main component. images: the
+    (B, C, H, W) that `out` was made from; pair: 1..G/2. The per-patch normalisation is undone with
+    the *true* mean and deviation of each patch. Visible patches are shown as they are, with a
+    residual of zero, so reconstruction = main component + residual everywhere; zero is shown as
+    grey. mean, std: the C channels' normalisation, to be undone too; ImageNet's for C = 3 and none
+    for other C. Raises UserError where there is no such pair.
+    """
+    if not 1 <= pair <= len(out.main):
+        raise UserError(f"there is no pair {pair}: the model has {len(out.main)}")
+    channels, height, width = images.shape[1:]
+    grid = (height // patch_size, width // patch_size)
+    if mean is None:
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.0,), (1.0,))
+    channel_mean, channel_std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+
+    x = patchify(images, patch_size).float()
+    _, patch_mean, patch_std = normalise_patches(x)
+    mask = out.mask[..., None]
+    main = torch.where(mask, out.main[pair - 1] * patch_std + patch_mean, x)
+    residual = torch.zeros_like(x)
+    if out.residual:
+        residual = out.residual[pair - 1] * patch_std * mask
+
+    def show(patches: Tensor) -> Tensor:
+        return unpatchify(patches, patch_size, grid) * channel_std + channel_mean
+
+    grey = torch.full_like(images, 0.5)
+    masked = torch.where(unpatchify(mask.expand_as(x), patch_size, grid), grey, show(x))
+    shown_residual = unpatchify(residual, patch_size, grid) * channel_std + 0.5
+    pictures = [show(x), masked, show(main + residual), shown_residual, show(main)]
+    return torch.stack(pictures, dim=1).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+SHAPES = ("disc", "square", "triangle", "cross")
+TEXTURES = ("stripes", "checks", "dots", "rings")
+
+
+class ImageTensor(NamedTuple):
+    """A labelled data set that fits in memory."""
+
+    images: Tensor  # uint8 (n, C, H, W)
+    labels: Tensor  # int64 (n,)
+    classes: list[str]
+
+
+def make_shapes(count: int, seed: int) -> ImageTensor:
+    """The embedded data set: `count` generated 32 × 32 colour images of 16 classes.
+
+    A class is one of four shapes filled with one of four textures, on a two-colour slope; place,
+    size, angles, texture period (5 to 7 pixels) and colours vary. The shape is what a main
+    component can show, the texture what is left to the residual. The same seed gives the same
+    images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [_draw_shapes(min(1000, count - i), generator) for i in range(0, count, 1000)]
+    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ImageTensor(images, labels, [f"{s} of {t}" for s in SHAPES for t in TEXTURES])
+
+
+def _draw_shapes(n: int, generator: torch.Generator, size: int = 32) -> tuple[Tensor, Tensor]:
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    def turned(angle: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Every pixel's coordinates in a frame at (x, y) turned by `angle`."""  # (n, h, w) each
+        s, c = angle.sin()[:, None, None], angle.cos()[:, None, None]
+        dx, dy = pixel_x - x[:, None, None], pixel_y - y[:, None, None]
+        return c * dx + s * dy, c * dy - s * dx
+
+    def box(half_width: Tensor, half_height: Tensor) -> Tensor:
+        return torch.maximum(a.abs() - half_width, b.abs() - half_height)
+
+    labels = torch.randint(len(SHAPES) * len(TEXTURES), (n,), generator=generator)
+    shape, texture = labels // len(TEXTURES), labels % len(TEXTURES)
+    places = torch.arange(size) + 0.5 - size / 2
+    pixel_y, pixel_x = torch.meshgrid(places, places, indexing="ij")  # (h, w)
+    chosen = torch.arange(n)
+
+    # distance to each shape's outline in pixels, negative inside, in the order of SHAPES
+    x, y = uniform(-4, 4), uniform(-4, 4)
+    a, b = turned(uniform(0, 2 * math.pi), x, y)
+    r = uniform(9, 13)[:, None, None]
+    thirds = [2 * math.pi * i / 3 for i in range(3)]
+    sides = [a * math.sin(t) + b * math.cos(t) - 0.6 * r for t in thirds]
+    cross = torch.minimum(box(1.1 * r, 0.36 * r), box(0.36 * r, 1.1 * r))
+    disc = (a.square() + b.square()).sqrt() - r
+    outlines = [disc, box(0.85 * r, 0.85 * r), torch.stack(sides).amax(0), cross]
+    outline = torch.stack(outlines, dim=1)[chosen, shape]
+    inside = (0.5 - outline).clamp(0, 1)[:, None]  # antialiased
+
+    # each texture as a wave between its two colours, in the order of TEXTURES
+    p, q = turned(uniform(0, 2 * math.pi), x + uniform(-3, 3), y + uniform(-3, 3))
+    k = 2 * math.pi / uniform(5, 7)[:, None, None]
+    checks, dots = 1.5 * (k * p).sin() * (k * q).sin(), (k * p).cos() + (k * q).cos() - 0.7
+    rings = (k * (p.square() + q.square()).sqrt()).cos()
+    wave = torch.stack([(k * p).sin(), checks, dots, rings], dim=1)[chosen, texture]
+    wave = 0.5 + 0.5 * (3 * wave).tanh()[:, None]
+
+    first = uniform(0, 1, 3, 1, 1)
+    second = (first + uniform(0.35, 0.65, 3, 1, 1)) % 1  # far from the first in every channel
+    slope, _ = turned(uniform(0, 2 * math.pi), torch.zeros(n), torch.zeros(n))
+    slope = (0.5 + slope / size).clamp(0, 1)[:, None]
+    background = torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), slope)
+    images = torch.lerp(background, torch.lerp(first, second, wave), inside)  # (n, 3, h, w)
+    return (images * 255).round().to(torch.uint8), labels
+
+
+def list_images(root: Path) -> list[str]:
+    """All image files below `root`, sorted. Raises UserError where there are none."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not root.is_dir():
+        raise UserError(
+            f"--data {root}: there is no such folder (and the names are shapes, cifar10, cifar100)"
+        )
+    files = [
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
+    if not files:
+        raise UserError(f"--data {root}: the folder holds no images ({', '.join(IMG_EXTENSIONS)})")
+    return sorted(files)
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """Image files as uint8 tensors (3, H, W), each transformed at random in its own way.
+
+    Indexed with (epoch, i): the same pair gives the same picture, whichever process makes it.
+    Returns (image, bad): where file i cannot be read, the next one that can stands in for it, and
+    bad is i (else −1), so that every batch keeps its size and nothing fails unseen.
+    Raises UserError where no file at all can be read.
+    """
+
+    def __init__(self, files: list[str], transform: Callable, seed: int = 0):
+        self.files, self.transform, self.seed = files, transform, seed
+        if all(self.read(i) is None for i in range(len(files))):  # stops at the first good one
+            raise UserError(f"none of the {len(files)} images like {files[0]} can be read")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, i: int):
+        from PIL import Image
+
+        try:
+            with Image.open(self.files[i]) as image:
+                return image.convert("RGB")
+        except Exception:  # PIL raises nearly anything on a broken file
+            return None
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, i = key
+        good = i
+        while (image := self.read(good)) is None:
+            good = (good + 1) % len(self.files)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, epoch, i))
+            return self.transform(image), i if good != i else -1
+
+
+def load_data(name: str, data_dir: str, split: str) -> ImageTensor | list[str]:
+    """A data set by the name given to --data; split: "train" or "val".
+
+    `shapes`, `cifar10` and `cifar100` come as an ImageTensor, the last two downloaded into
+    `data_dir` at first use; anything else is a folder and comes as a list of image files: of its
+    subfolder `split` where there is one, else of all of it, every fiftieth of them (at least one)
+    being the validation split. Raises UserError for what cannot be had.
+    """
+    if name == "shapes":
+        return make_shapes(10_000, seed=0) if split == "train" else make_shapes(2_000, seed=1)
+    if name in ("cifar10", "cifar100"):
+        from torchvision import datasets
+
+        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        try:
+            with rank_zero_first():
+                data = kind(data_dir, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"--data {name} could not be downloaded into {data_dir} ({error}): connect to the "
+                "network, put the files there, or use --data shapes, which needs no download"
+            ) from None
+        images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
+        return ImageTensor(images, torch.tensor(data.targets), list(data.classes))
+    root = Path(name)
+    if (root / "train").is_dir():
+        if split == "train" or (root / "val").is_dir():
+            return list_images(root / split)
+        root = root / "train"
+    files = list_images(root)
+    held_out = set(range(0, len(files), 50))
+    if len(files) == 1:
+        return files
+    return [f for i, f in enumerate(files) if (i in held_out) == (split == "val")]
+
+
+def cubic_weights(start: Tensor, extent: Tensor, n_in: int, n_out: int) -> Tensor:
+    """Bicubic, antialiased resampling of one axis as matrices (B, n_out, n_in).
+
+    Row j holds the weights of the input pixels in output pixel j, when the interval
+    [start, start + extent), in input pixels, float (B,), is stretched over n_out pixels.
+    """
+    scale = (extent / n_out)[:, None, None]  # input pixels an output pixel
+    out_pixels = torch.arange(n_out, device=start.device)[:, None] + 0.5
+    in_pixels = torch.arange(n_in, device=start.device) + 0.5
+    centres = start[:, None, None] + out_pixels * scale  # (B, n_out, 1)
+    t = ((in_pixels - centres) / scale.clamp(min=1)).abs()  # (B, n_out, n_in)
+    near = (1.5 * t - 2.5) * t * t + 1  # Keys' cubic with a = −1/2
+    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
+    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0))
+    offset = in_pixels - start[:, None, None]  # nothing outside of the crop is seen
+    weights = weights * ((offset > 0) & (offset < extent[:, None, None]))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def crop_resize(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor) -> Tensor:
+    """Cut a box out of every image, resize it (bicubic) and mirror it where asked.
+
+    images: (B, C, H, W) of values in 0..255. boxes: float (B, 4), top, left, height, width.
+    flip: bool (B,). Returns float32 (B, C, *size), clamped to 0..255.
+    """
+    top, left, height, width = boxes.unbind(dim=1)
+    rows = cubic_weights(top, height, images.shape[2], size[0])
+    columns = cubic_weights(left, width, images.shape[3], size[1])
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    out = rows[:, None] @ images.float() @ columns.transpose(1, 2)[:, None]
+    return out.clamp(0, 255)
+
+
+def random_boxes(n: int, height: int, width: int, scale: tuple[float, float], device) -> Tensor:
+    """torchvision's RandomResizedCrop boxes for n images at once: float (n, 4).
+
+    Ten draws of an area share in `scale` and an aspect ratio in [3/4, 4/3] (log-uniform) for each
+    image, of which the first that fits is used; the whole image where none does.
+    """
+    u, v = torch.rand(2, n, 10, device=device)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u)
+    ratio = ((2 * v - 1) * math.log(4 / 3)).exp()
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)  # (n, 10)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    h = torch.where(found, h.gather(1, first)[:, 0], height)
+    w = torch.where(found, w.gather(1, first)[:, 0], width)
+    top, left = torch.rand(2, n, device=device)
+    return torch.stack(
+        [(top * (height - h + 1)).floor(), (left * (width - w + 1)).floor(), h, w], 1
+    )
+
+
+def normalise_images(images: Tensor) -> Tensor:
+    """(B, 3, H, W) of values in 0..255 -> float32, with ImageNet's mean and deviation."""
+    mean, std = (images.new_tensor(v, dtype=torch.float32) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+class PretrainLoader:
+    """This rank's share of the training images, cropped, flipped and normalised, on the device.
+
+    Random resized crop (area 0.2 to 1, bicubic) and horizontal flip [R]. An ImageTensor is kept on
+    the device as uint8 and augmented a batch at a time; files go through worker processes. Every
+    epoch is shuffled anew, from (seed, epoch) alone; ranks never overlap; what does not fill an
+    effective batch is left out. Random numbers come from torch's global generator for an
+    ImageTensor, from (seed, epoch, file) for files. Raises UserError where the images do not fill
+    one effective batch.
+    """
+
+    crop_scale = (0.2, 1.0)
+
+    def __init__(self, data, size: tuple[int, int], split: "Split", seed: int, device, workers=0):
+        self.n = len(data.images) if isinstance(data, ImageTensor) else len(data)
+        self.steps = self.n // split.batch_size  # optimiser steps an epoch
+        if not self.steps:
+            raise UserError(
+                f"--batch-size {split.batch_size} is larger than the {self.n} training images"
+            )
+        self.data, self.size, self.split, self.seed, self.device = data, size, split, seed, device
+        self.corrupt: set[str] = set()  # files that could not be read
+        self._epoch = 0
+        if not isinstance(data, ImageTensor):
+            self.loader = self._file_loader(data, workers)
+        else:
+            self.images = data.images.to(device)
+
+    def _file_loader(self, files: list[str], workers: int):
+        from torchvision.transforms import InterpolationMode, v2
+
+        transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    self.size, self.crop_scale, interpolation=InterpolationMode.BICUBIC
+                ),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+            ]
+        )
+        cuda = self.device.type == "cuda"
+        options = dict(persistent_workers=True, prefetch_factor=4) if workers else {}
+        return torch.utils.data.DataLoader(
+            ImageFolder(files, transform, self.seed),
+            batch_sampler=_Keys(self),
+            num_workers=workers,
+            pin_memory=cuda,
+            **options,
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank in an epoch."""
+        return self.steps * self.split.accumulation
+
+    def indices(self, epoch: int) -> Tensor:
+        """Which images this rank sees in `epoch`: int64 (micro-batches, device batch)."""
+        order = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        used = torch.randperm(self.n, generator=order)[: self.steps * self.split.batch_size]
+        mine = used[process_rank() :: num_processes()]
+        return mine.view(-1, self.split.device_batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[Tensor]:
+        """The micro-batches of an epoch: float32 (device batch, 3, H, W), normalised."""
+        self._epoch = epoch
+        if isinstance(self.data, ImageTensor):
+            for indices in self.indices(epoch).to(self.device):
+                n = len(indices)
+                boxes = random_boxes(n, *self.images.shape[2:], self.crop_scale, self.device)
+                flip = torch.rand(n, device=self.device) < 0.5
+                yield normalise_images(crop_resize(self.images[indices], boxes, self.size, flip))
+            return
+        for images, bad in self.loader:
+            for path in {self.data[i] for i in bad[bad >= 0].tolist()} - self.corrupt:
+                self.corrupt.add(path)
+                say(f"warning: {path} cannot be read and is skipped", every_rank=True)
+            yield normalise_images(images.to(self.device, non_blocking=True))
+
+
+class _Keys:
+    """Lets worker processes stay alive over epochs: the keys (epoch, i) of each micro-batch."""
+
+    def __init__(self, loader: PretrainLoader):
+        self.parent = loader
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    def __iter__(self):
+        for batch in self.parent.indices(self.parent._epoch).tolist():
+            yield [(self.parent._epoch, i) for i in batch]
+
+
+def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
+    """`count` images spread evenly over a data set, whole or centre-cropped, without randomness.
+
+    data: an ImageTensor or a list of files. Returns float32 (count, 3, *size), normalised.
+    """
+    if isinstance(data, ImageTensor):
+        n, _, height, width = data.images.shape
+        images = data.images[torch.linspace(0, n - 1, min(count, n)).long()]
+        boxes = torch.tensor([[0.0, 0.0, height, width]]).expand(len(images), 4)
+        keep = torch.zeros(len(images), dtype=torch.bool)
+        return normalise_images(crop_resize(images, boxes, size, keep))
+    from torchvision.transforms import InterpolationMode, v2
+
+    shorter = v2.Resize(max(size), interpolation=InterpolationMode.BICUBIC)
+    transform = v2.Compose([shorter, v2.CenterCrop(size), v2.PILToTensor()])
+    folder = ImageFolder(data, transform)
+    picks = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()
+    return normalise_images(torch.stack([folder[0, i][0] for i in picks]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimisation
+# ------------------------------------------------------------------------------------------------
+
+
+def seed_of(*parts: int) -> int:
+    """One well-mixed 63-bit seed from several numbers, the same everywhere."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Split(NamedTuple):
+    """How an effective batch is cut: batch_size = processes · accumulation · device_batch_size."""
+
+    batch_size: int
+    device_batch_size: int
+    accumulation: int
+
+
+def split_batch(batch_size: int, device_batch_size: int | None, limit: int) -> Split:
+    """Cut the effective batch over the processes and into micro-batches.
+
+    Without a device batch size, the largest one up to `limit` that comes out even. Raises
+    UserError, with one that works, where the wished one does not.
+    """
+    processes = num_processes()
+    if batch_size % processes:
+        nearest = max(1, round(batch_size / processes)) * processes
+        raise UserError(
+            f"--batch-size {batch_size} does not divide over {processes} processes: try {nearest}"
+        )
+    share = batch_size // processes
+
+    def largest(limit: int) -> int:
+        return max(d for d in range(1, min(limit, share) + 1) if share % d == 0)
+
+    size = device_batch_size or largest(limit)
+    if share % size:
+        raise UserError(
+            f"--device-batch-size {size} does not divide the {share} images that each of "
+            f"{processes} process(es) takes of --batch-size {batch_size}: try {largest(size)}"
+        )
+    return Split(batch_size, size, share // size)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: no decay on biases, norms, and the class and mask tokens. [S A.1]"""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def decays(name: str, p: Tensor) -> bool:
+        return p.ndim > 1 and not name.endswith(("cls_token", "mask_token"))
+
+    return [
+        dict(params=[p for n, p in trained if decays(n, p)], weight_decay=weight_decay),
+        dict(params=[p for n, p in trained if not decays(n, p)], weight_decay=0.0),
+    ]
+
+
+def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine") -> float:
+    """The learning rate of a 0-based step as a share of its peak.
+
+    A linear warm-up that reaches 1 at its last step, then "cosine" decay to 0 [S A.1], or "step":
+    a tenth after 2/3 of the run and a hundredth after 8/9 of it (S Table 3 used a step-wise decay
+    without giving its steps).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "step":
+        return 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 8 / 9))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+# Flags that a resumed run must not change: the steps done would not be those of the same run.
+RESUME_KEEPS = (
+    "batch_size",
+    "lr",
+    "warmup_epochs",
+    "weight_decay",
+    "schedule",
+    "clip_grad",
+    "seed",
+)
+
+
+class Trainer:
+    """The loop that the training scripts share, from the micro-batch up:
+
+        for epoch in trainer.epochs():
+            for images in loader.epoch(epoch):
+                with trainer.forward():
+                    out = trainer.model(images)
+                trainer.backward(out.loss, {"loss_1": ...})
+            trainer.end_epoch(epoch)
+
+    model: on its device, not yet wrapped; `trainer.model` is it after --compile and DDP.
+    args: the script's flags. steps: optimiser steps an epoch. extras: by name, further things with
+    a `state_dict` that a checkpoint must hold. Raises UserError where --out holds a run already
+    and --resume is not given, or where the run that it holds is one of another model.
+
+    The loop never waits for the device but once every `--log-every` steps, when the losses of the
+    steps since are read together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args,
+        groups: list[dict[str, Any]],
+        betas: tuple[float, float],
+        split: Split,
+        steps: int,
+        device: torch.device,
+        extras: dict[str, Any] | None = None,
+    ):
+        self.args, self.split, self.steps, self.device = args, split, steps, device
+        self.bare, self.extras = model, extras or {}
+        self.out = Path(args.out)
+        self.checkpoint = self.out / "checkpoint.pt"
+        self.total_steps = args.epochs * steps
+        self.dtype = pick_dtype(args.dtype, device)
+        warmup = round(args.warmup_epochs * steps)
+
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, self.total_steps, warmup, args.schedule)
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.start_epoch = self._resume() if args.resume else 0
+        if is_main():
+            self._open_run()
+
+        if args.compile:
+            check_compile(device)
+            model.compile()
+        self.model = model
+        if num_processes() > 1:
+            ids = [device] if device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    # -- the loop --
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs still to do; each seeded from (seed, epoch, rank), so a resume is exact."""
+        self.step = self.start_epoch * self.steps
+        self.micro = 0  # micro-batches since the last optimiser step
+        self.window: list[Tensor] = []  # one vector of losses a step since the last log
+        self.bar = progress_bar(self.total_steps, self.step)
+        for epoch in range(self.start_epoch, self.args.epochs):
+            torch.manual_seed(seed_of(self.args.seed, epoch, process_rank()))
+            self.model.train()
+            self.epoch = epoch
+            self.sums, self.logged = None, 0
+            self._start_clock()
+            self.epoch_began = self.clock
+            yield epoch
+        self.bar.close()
+
+    @contextlib.contextmanager
+    def forward(self):
+        """Autocast; and gradients are all-reduced after the last micro-batch of a step alone."""
+        self.waited += time.perf_counter() - self.idle_since
+        if num_processes() > 1:
+            self.model.require_backward_grad_sync = self.micro + 1 == self.split.accumulation
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            yield
+
+    def backward(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        """Gradients of one micro-batch; after the last one of a step, the step.
+
+        loss: scalar. terms: further scalars to log, by name.
+        """
+        share = 1 / self.split.accumulation
+        self.scaler.scale(loss * share).backward()
+        values = torch.stack([loss.detach(), *terms.values()]).float() * share
+        self.sums = values if self.sums is None else self.sums + values
+        self.micro += 1
+        if self.micro == self.split.accumulation:
+            self.names = ["loss", *terms]
+            self._optimise()
+            self.micro = 0
+        self.idle_since = time.perf_counter()
+
+    def _optimise(self) -> None:
+        logging = (self.step + 1) % self.args.log_every == 0 or (self.step + 1) % self.steps == 0
+        self.scaler.unscale_(self.optimizer)
+        norm = None
+        if self.args.clip_grad or logging:
+            parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            if self.args.clip_grad:
+                nn.utils.clip_grads_with_norm_(parameters, self.args.clip_grad, norm)
+        lr = self.scheduler.get_last_lr()[0]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.step += 1
+        self.bar.update()
+        self.window.append(self.sums)
+        self.sums = None
+        if logging:
+            self._log(lr, norm)
+
+    def _start_clock(self) -> None:
+        self.clock = self.idle_since = time.perf_counter()
+        self.waited = 0.0
+
+    def _log(self, lr: float, norm: Tensor) -> None:
+        losses = torch.stack(self.window)  # (steps, terms)
+        if num_processes() > 1:
+            dist.all_reduce(losses)
+            losses /= num_processes()
+        losses = losses.cpu()  # the one wait for the device
+        bad = (~losses.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            step = self.step - len(losses) + 1 + bad[0].item()
+            kept = f"{self.checkpoint} holds the last good epoch"
+            if not self.checkpoint.exists():
+                kept = "no epoch was complete, so there is no checkpoint"
+            raise TrainingError(
+                f"the loss at step {step} (epoch {self.epoch + 1}) is not finite; {kept}; try a "
+                "lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
+            )
+        seconds = time.perf_counter() - self.clock
+        images = len(losses) * self.split.batch_size
+        speed = images / seconds
+        mean = losses.double().mean(dim=0).tolist()
+        epoch_sum = losses.double().sum(dim=0)
+        self.epoch_losses = epoch_sum if not self.logged else self.epoch_losses + epoch_sum
+        self.logged += len(losses)
+        record = dict(
+            kind="step",
+            epoch=self.epoch + 1,
+            step=self.step,
+            **dict(zip(self.names, mean, strict=True)),
+            lr=lr,
+            grad_norm=norm.item(),
+            images_per_second=round(speed, 1),
+            input_wait=round(self.waited / seconds, 4),
+            peak_memory_gib=peak_memory(self.device),
+        )
+        self.write(record)
+        left = (self.total_steps - self.step) * self.split.batch_size / speed
+        text = f"loss {mean[0]:.4f}  lr {lr:.2e}  {speed:.0f} img/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            place = (
+                f"epoch {self.epoch + 1}/{self.args.epochs}  step {self.step}/{self.total_steps}"
+            )
+            say(f"{place}  {text}  {clock_time(left)} left")
+        self.window = []
+        self._start_clock()
+
+    def end_epoch(self, epoch: int, **record) -> None:
+        """Log the epoch with `record`'s values, and save the checkpoint."""
+        mean = (self.epoch_losses / self.logged).tolist()
+        seconds = time.perf_counter() - self.epoch_began
+        self.write(
+            dict(kind="epoch", epoch=epoch + 1, step=self.step)
+            | dict(zip(self.names, mean, strict=True))
+            | dict(images_per_second=round(self.steps * self.split.batch_size / seconds, 1))
+            | dict(seconds=round(seconds, 2), peak_memory_gib=peak_memory(self.device))
+            | record
+        )
+        if not all(bool(p.isfinite().all()) for p in self.bare.parameters()):
+            raise TrainingError(
+                f"the weights after step {self.step} (epoch {epoch + 1}) are not finite, so they "
+                "were not saved; try a lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
+            )
+        if is_main():
+            save_file(
+                self.checkpoint,
+                dict(
+                    model=self.bare.state_dict(),
+                    config=dataclasses.asdict(self.bare.config),
+                    args=dataclasses.asdict(self.args),
+                    epoch=epoch + 1,
+                    step=self.step,
+                    optimizer=self.optimizer.state_dict(),
+                    scheduler=self.scheduler.state_dict(),
+                    scaler=self.scaler.state_dict(),
+                    extras={name: x.state_dict() for name, x in self.extras.items()},
+                ),
+            )
+
+    # -- the run on disk --
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and its numbers to TensorBoard if asked for."""
+        if not is_main():
+            return
+        safe = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(safe) + "\n")
+        if self.board:
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def _open_run(self) -> None:
+        metrics, config = self.out / "metrics.jsonl", self.out / "config.json"
+        self.board = open_tensorboard(self.out) if self.args.tensorboard else None
+        self.out.mkdir(parents=True, exist_ok=True)
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        step = self.start_epoch * self.steps  # what came after the checkpoint will come again
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text(metrics, "".join(line + "\n" for line in kept))
+        resolved = dict(
+            args=dataclasses.asdict(self.args), model=dataclasses.asdict(self.bare.config)
+        )
+        write_text(config, json.dumps(resolved, indent=2) + "\n")
+
+    def _resume(self) -> int:
+        """Take up the checkpoint in --out, if there is one; the number of epochs it has behind."""
+        epoch = 0
+        if self.checkpoint.exists():
+            saved = load_file(self.checkpoint)
+            config = dataclasses.asdict(self.bare.config)
+            if changed := differences(saved["config"], config):
+                raise UserError(f"--resume: {self.checkpoint} is of another model: {changed}")
+            args = dataclasses.asdict(self.args)
+            if changed := differences(saved["args"], {k: args[k] for k in RESUME_KEEPS}):
+                raise UserError(
+                    f"--resume continues a run as it began, and {self.checkpoint} says otherwise: "
+                    f"{changed}; give the flags that it began with, or another --out"
+                )
+            self.bare.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+            self.scaler.load_state_dict(saved["scaler"])
+            for name, thing in self.extras.items():
+                thing.load_state_dict(saved["extras"][name])
+            epoch = saved["epoch"]
+            say(f"resuming {self.checkpoint} after epoch {epoch} of {self.args.epochs}")
+        if num_processes() > 1:
+            epochs = torch.tensor([epoch, -epoch], device=self.device)
+            dist.all_reduce(epochs, dist.ReduceOp.MAX)
+            if epochs[0] != -epochs[1]:
+                raise UserError(f"--out {self.out} must be a folder that all nodes share")
+        return epoch
+
+
+# ------------------------------------------------------------------------------------------------
+# Devices and processes
+# ------------------------------------------------------------------------------------------------
+
+
+def process_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return process_rank() == 0
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@contextlib.contextmanager
+def processes(device_flag: str):
+    """Yields this process's device; under torchrun, joins the other processes first.
+
+    nccl on CUDA, gloo elsewhere. Raises UserError for a device that is not there.
+    """
+    device = pick_device(device_flag)
+    torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    yield device
+    if dist.is_initialized():  # after an error the others may never come to this
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """The first process of each node goes through before the others do."""
+    if dist.is_initialized() and local_rank():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and not local_rank():
+            dist.barrier()
+
+
+def pick_device(flag: str) -> torch.device:
+    """auto: CUDA, then MPS, then CPU. Raises UserError for a device that is not there."""
+    if flag == "auto":
+        mps = torch.backends.mps.is_available()
+        flag = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(flag)
+    except RuntimeError:
+        raise UserError(f"--device {flag}: use auto, cuda, cuda:N, mps or cpu") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = local_rank() if device.index is None else device.index
+        if index >= count:
+            raise UserError(f"--device {flag}: there are {count} CUDA devices; try --device auto")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: there is no MPS device here; try --device auto")
+    if device.type not in ("mps", "cpu"):
+        raise UserError(f"--device {flag}: use auto, cuda, cuda:N, mps or cpu")
+    return device
+
+
+def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 on CUDA devices made for it, else fp32. Raises UserError where it cannot be."""
+    bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if flag == "auto":
+        return torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
+    if flag == "bf16" and not bf16:
+        raise UserError("--dtype bf16: this GPU has no bf16; use fp16 or fp32")
+    if flag == "fp16" and device.type != "cuda":
+        raise UserError(f"--dtype fp16 needs a CUDA device, not {device.type}; use bf16 or fp32")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[flag]
+
+
+def check_compile(device: torch.device) -> None:
+    """Raises UserError where torch.compile lacks what it needs on this device."""
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        raise UserError("--compile on CUDA needs the package triton, which is not installed")
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError(
+            "--compile on a CPU needs a C++ compiler (g++ or clang++), and none is here"
+        )
+
+
+def pick_workers(flag: int | None) -> int:
+    """Worker processes for reading files: this process's share of the cores, at most 16."""
+    if flag is not None:
+        return flag
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """GiB at the most so far: of the GPU's memory, or of this process's on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    if not importlib.util.find_spec("resource"):
+        return None  # Windows
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs on disk
+# ------------------------------------------------------------------------------------------------
+
+
+class TrainingError(UserError):
+    """Training went wrong: said in one sentence, exit code 1."""
+
+
+def save_file(path: Path, state: dict[str, Any]) -> None:
+    """torch.save under a temporary name in the same folder, moved into place when complete."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yields a temporary name beside `path`; what was written there becomes `path`, or nothing."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """torch.load of tensors and plain values on the CPU. Raises UserError for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except Exception as error:  # torch raises many kinds for what is not its own
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
+
+
+def check_out(out: str, resume: bool) -> None:
+    """Raises UserError where the folder holds a run that nothing said to continue."""
+    names = ("checkpoint.pt", "metrics.jsonl", "config.json")
+    if is_main() and not resume and any((Path(out) / name).exists() for name in names):
+        raise UserError(f"{out} already holds a run: add --resume to continue it, or choose --out")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"--out {out} is a file, not a folder")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The values that changed, "name old -> new, …", over the names in both."""
+    pairs = {k: (old[k], v) for k, v in new.items() if k in old}
+    changed = {k: p for k, p in pairs.items() if json.dumps(p[0]) != json.dumps(p[1])}
+    return ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
+
+
+def open_tensorboard(out: Path):
+    if not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs an extra: pip install -e '.[tensorboard]'")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(out / "tensorboard")
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def flag(default: Any, help: str, choices: tuple | None = None) -> Any:
+    """A field of a script's dataclass of flags. A default of None is left to the recipe, if any."""
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
+def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[str, Any]]):
+    """Command line -> cls. A flag that is not given takes the recipe's value, then its default.
+
+    Raises UserError for flags that cannot be.
+    """
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message} (see --help)")
+
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        by_recipe = [f"{r} {v[f.name]}" for r, v in recipes.items() if f.name in v]
+        shown = f"; {', '.join(by_recipe)}" if by_recipe else ""
+        if f.default is not None and not by_recipe:
+            shown = f"; default {f.default}"
+        options = dict(help=(f.metadata["help"] + shown).replace("%", "%%"), default=None)
+        kind = next(
+            t
+            for t in (bool, int, float, str)
+            if t in (hints[f.name], *typing.get_args(hints[f.name]))
+        )
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            choices = f.metadata["choices"]
+            options |= dict(
+                type=kind, choices=choices, metavar=None if choices else kind.__name__.upper()
+            )
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    recipe = recipes[given.get("recipe", defaults["recipe"])]
+    return cls(**(defaults | recipe | given))
+
+
+def check_range(args, **ranges: tuple[float, float]) -> None:
+    """check_range(args, lr=(0, inf)): raises UserError for a value outside [low, high] or NaN."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
+
+
+def say(text: str, every_rank: bool = False) -> None:
+    """Print from the main process, without tearing a progress bar."""
+    from tqdm import tqdm
+
+    if is_main() or every_rank:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def progress_bar(total: int, done: int):
+    """tqdm on a terminal; disabled, with plain lines instead, anywhere else."""
+    from tqdm import tqdm
+
+    disable = None if is_main() else True
+    return tqdm(total=total, initial=done, disable=disable, unit="step", dynamic_ncols=True)
+
+
+def clock_time(seconds: float) -> str:
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C. `code` is the exit code, 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Turns SIGTERM and Ctrl-C into Interrupted."""
+
+    def stop(number, frame):
+        raise Interrupted(number)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """main(argv); errors of the user's become one sentence on stderr and exit code 2 (1 for a
+    training that went wrong). Under torchrun the first process of each node says it."""
+    try:
+        main(argv)
+    except UserError as error:
+        if not local_rank():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1 if isinstance(error, TrainingError) else 2) from None

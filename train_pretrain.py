@@ -1,0 +1,232 @@
+"""Pre-train a ViT with Masked Image Residual Learning, or with MAE.
+
+On whatever device there is, a few minutes on two CPU cores, ending with a picture:
+    python train_pretrain.py
+
+One GPU, CIFAR-10:
+    python train_pretrain.py --recipe cifar10
+
+8 GPUs, ImageNet (a folder of train/<class>/*.jpg):
+    torchrun --nproc-per-node 8 train_pretrain.py --recipe imagenet --data /data/imagenet --resume
+
+8 nodes of 8 GPUs, the same line on every node, with --out on a file system that they share:
+    torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
+        --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id mirl \\
+        train_pretrain.py --recipe imagenet --data /data/imagenet --out /shared/run --resume
+
+A run leaves in --out: config.json, metrics.jsonl, checkpoint.pt (after every epoch), pictures, and
+at its end encoder.pt, the encoder alone under timm's names.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid, save_image
+
+import mirl
+from mirl import UserError, flag, say
+
+# Everything that a recipe sets; the flags override it.
+RECIPES = {
+    # the embedded data set, in minutes on a laptop
+    "quick": dict(
+        model="vit_nano",
+        data="shapes",
+        epochs=8,
+        warmup_epochs=1,
+        batch_size=64,
+        base_lr=4e-3,
+        picture_every=4,
+    ),
+    "cifar10": dict(
+        model="vit_ti",
+        data="cifar10",
+        epochs=200,
+        warmup_epochs=10,
+        batch_size=512,
+        base_lr=5e-4,
+        picture_every=20,
+    ),
+    # [S A.1, Table 1]
+    "imagenet": dict(
+        model="vit_b",
+        data="data/imagenet",
+        epochs=300,
+        warmup_epochs=20,
+        batch_size=4096,
+        base_lr=1.5e-4,
+        picture_every=20,
+    ),
+}
+
+
+@dataclass
+class Args:
+    recipe: str = flag(
+        "quick", "sets every flag below that names a value by recipe", tuple(RECIPES)
+    )
+    method: str = flag("mirl", "mirl, or mae: one segment and one plain decoder", ("mirl", "mae"))
+    model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
+    data: str | None = flag(
+        None, "shapes (embedded), cifar10, cifar100 (downloaded), or a folder of images"
+    )
+    data_dir: str = flag("data", "where downloaded data sets are kept")
+    out: str | None = flag(None, "the run's folder; default runs/<method>-<recipe>")
+    resume: bool = flag(
+        False, "continue the run in --out after its last complete epoch, or start it"
+    )
+    epochs: int | None = flag(None, "passes over the training images")
+    warmup_epochs: float | None = flag(None, "epochs of linear warm-up")
+    batch_size: int | None = flag(
+        None, "the effective batch, over all processes and accumulated micro-batches"
+    )
+    device_batch_size: int | None = flag(
+        None,
+        "images on a device at a time, the rest of the batch being accumulated; lower it where "
+        "memory runs out. Default: what divides the batch, up to about 50,000 patches (256 images "
+        "of 224 pixels)",
+    )
+    lr: float | None = flag(None, "peak learning rate; default --base-lr x --batch-size / 256")
+    base_lr: float | None = flag(
+        None, "learning rate for a batch of 256; raise it for small models and short runs"
+    )
+    schedule: str = flag("cosine", "cosine to 0, or a step-wise decay", ("cosine", "step"))
+    weight_decay: float = flag(0.05, "AdamW's, for weights; biases, norms and tokens have none")
+    clip_grad: float | None = flag(None, "largest gradient norm; default no clipping")
+    mask_ratio: float = flag(0.75, "share of the patches that are hidden from the encoder")
+    image_size: int | None = flag(None, "side of the images in pixels; default the model's")
+    patch_size: int | None = flag(None, "side of a patch in pixels; default the model's")
+    segments: int | None = flag(None, "G, an even number; default the model's")
+    dense: bool | None = flag(
+        None, "whether decoders attend to all earlier segments; default yes for mirl, no for mae"
+    )
+    weight_norm: bool | None = flag(
+        None, "whether the pixel head is weight-normalised; default yes for mirl, no for mae"
+    )
+    device: str = flag("auto", "auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu")
+    dtype: str = flag(
+        "auto",
+        "precision of the forward pass; auto is bf16 on GPUs made for it, else fp32. fp16 runs "
+        "with a loss scaler and overflows sooner",
+        ("auto", "bf16", "fp16", "fp32"),
+    )
+    compile: bool = flag(False, "torch.compile: minutes of waiting first, then faster steps")
+    workers: int | None = flag(None, "processes that read image files; default one a core")
+    seed: int = flag(0, "everything random follows from it, the epoch and the process")
+    log_every: int = flag(50, "steps between two lines of metrics; more often costs speed")
+    picture_every: int | None = flag(None, "epochs between two pictures; 0: at the end alone")
+    picture_pair: int = flag(1, "which pair the pictures show, 1 (outermost) to G/2")
+    tensorboard: bool = flag(False, "also write the metrics for TensorBoard (an optional extra)")
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    args = mirl.parse_flags(Args, argv, __doc__, RECIPES)
+    at_least_one = dict.fromkeys(
+        ("epochs", "batch_size", "device_batch_size", "log_every"), (1, math.inf)
+    )
+    positive = dict.fromkeys(("lr", "base_lr", "clip_grad"), (1e-12, math.inf))
+    natural = ("warmup_epochs", "weight_decay", "workers", "picture_every", "seed")
+    mirl.check_range(args, **at_least_one, **positive, **dict.fromkeys(natural, (0, math.inf)))
+    if args.warmup_epochs > args.epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} epochs"
+        )
+    args.lr = args.lr or args.base_lr * args.batch_size / 256
+    args.out = args.out or f"runs/{args.method}-{args.recipe}"
+    return args
+
+
+def model_config(args: Args) -> mirl.Config:
+    names = ("mask_ratio", "image_size", "patch_size", "segments", "dense", "weight_norm")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.method == "mae":
+        if given.get("segments", 1) != 1 or given.get("dense"):
+            raise UserError("--method mae is one segment without dense connections by definition")
+        given = mirl.mae_overrides(args.model) | given
+    return mirl.model_config(args.model, **given)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    mirl.check_out(args.out, args.resume)
+    with mirl.processes(args.device) as device, mirl.interruptible():
+        torch.manual_seed(args.seed)  # the same initial weights in every process
+        config = model_config(args)
+        model = mirl.MIRL(config).to(device)
+        if not 1 <= args.picture_pair <= max(1, config.segments // 2):
+            raise UserError(
+                f"--picture-pair {args.picture_pair}: the model has {max(1, config.segments // 2)}"
+            )
+
+        limit = max(1, 256 * 196 // config.num_patches)
+        split = mirl.split_batch(args.batch_size, args.device_batch_size, limit)
+        data = mirl.load_data(args.data, args.data_dir, "train")
+        workers = mirl.pick_workers(args.workers)
+        loader = mirl.PretrainLoader(data, config.image_hw, split, args.seed, device, workers)
+        shown = mirl.fixed_images(
+            mirl.load_data(args.data, args.data_dir, "val"), config.image_hw, count=8
+        ).to(device)
+
+        groups = mirl.parameter_groups(model, args.weight_decay)
+        trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), split, loader.steps, device)
+        say(json.dumps(dataclasses.asdict(args)))
+        millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        say(
+            f"{args.method} {args.model}, {millions:.2f}M parameters, on {device} in "
+            f"{str(trainer.dtype).removeprefix('torch.')}; {loader.n} images; effective batch "
+            f"{split.batch_size} = {mirl.num_processes()} process(es) x {split.device_batch_size} "
+            f"images x {split.accumulation} accumulated; {loader.steps} steps an epoch; "
+            f"lr {args.lr:.3g}"
+        )
+        try:
+            for epoch in trainer.epochs():
+                for images in loader.epoch(epoch):
+                    with trainer.forward():
+                        out = trainer.model(images)
+                    pairs = {f"loss_{g}": loss for g, loss in enumerate(out.losses, start=1)}
+                    trainer.backward(out.loss, pairs)
+                trainer.end_epoch(epoch, corrupt_files=len(loader.corrupt))
+                if args.picture_every and (epoch + 1) % args.picture_every == 0:
+                    draw(model, shown, args, f"epoch-{epoch + 1:04d}.png")
+        except mirl.Interrupted as stop:
+            kept = f"{trainer.checkpoint} holds the last complete epoch; --resume continues it"
+            if not trainer.checkpoint.exists():
+                kept = "no epoch was complete, so there is no checkpoint"
+            say(f"stopped by {stop}: {kept}")
+            raise SystemExit(stop.code) from None
+
+        if mirl.is_main():
+            encoder = model.encoder
+            saved = dict(model=encoder.state_dict(), config=dataclasses.asdict(encoder.config))
+            mirl.save_file(trainer.out / "encoder.pt", saved)
+        draw(model, shown, args, "reconstruction.png")
+        say(
+            f"done: {trainer.out / 'encoder.pt'} for fine-tuning, and a picture to look at, "
+            f"{trainer.out / 'reconstruction.png'} (columns: ground truth, masked, reconstruction, "
+            "residual, main component)"
+        )
+
+
+@torch.no_grad()
+def draw(model: mirl.MIRL, images: torch.Tensor, args: Args, name: str) -> None:
+    """One row of five panels an image, under the same masks every time. [S C, Figure 1]"""
+    if not mirl.is_main():
+        return
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.rand(len(images), model.config.num_patches, generator=generator)
+    out = model.forward(images, noise.to(images.device))  # around torch.compile's shapes
+    pictures = mirl.panels(images, out, model.config.patch_size, args.picture_pair)
+    pictures = pictures.flatten(0, 1).cpu()  # (8·5, C, H, W)
+    zoom = max(1, 96 // max(images.shape[2:]))  # so that small images can be seen
+    grid = make_grid(F.interpolate(pictures, scale_factor=zoom), nrow=5, padding=4, pad_value=1)
+    with mirl.replacing(Path(args.out) / name) as temporary:
+        save_image(grid, temporary)
+
+
+if __name__ == "__main__":
+    mirl.run_script(main)
