@@ -167,7 +167,7 @@ MODELS = {
     "vit_l": Config(24, 1024, 16, 4, 512, 2, 16),
     "vit_ti": _small(12, 192, 3, 4, 128, 2, 4),
     "vit_ti_48": _small(48, 192, 3, 6, 128, 2, 4),
-    "vit_nano": _small(8, 96, 3, 4, 64, 1, 2),
+    "vit_nano": _small(6, 96, 3, 2, 64, 1, 2),
 }
 
 
@@ -538,7 +538,7 @@ class MIRL(nn.Module):
         # Pair from the outside in: segment g predicts the main component, G+1−g the residual.
         pairs = max(1, len(predictions) // 2)
         main, residual = predictions[:pairs], predictions[pairs:][::-1]  # x̂_g, ξ̂_g
-        target = normalise_patches(patches.float())[0]
+        target = normalise_patches(at_least_float32(patches))[0]
         losses = torch.stack(
             [
                 reconstruction_loss(target, mask, main[g], residual[g] if residual else None)
@@ -564,7 +564,7 @@ class MIRL(nn.Module):
                 x = block(x)  # z_g at the end
             e = embed(norm(x))  # e_g: (B, 1+V, d)
             y = torch.cat(earlier, dim=1) if earlier else None  # (B, g·(1+V), d)
-            predictions.append(decoder(e, y, visible).float())
+            predictions.append(at_least_float32(decoder(e, y, visible)))
             if self.config.dense:
                 earlier.insert(0, e)
             start = end
@@ -574,6 +574,11 @@ class MIRL(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # Losses and pictures
 # ------------------------------------------------------------------------------------------------
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Out of autocast's half precision, for the loss; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -623,7 +628,7 @@ def panels(
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.0,), (1.0,))
     channel_mean, channel_std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (mean, std))
 
-    x = patchify(images, patch_size).float()
+    x = patchify(images, patch_size)
     _, patch_mean, patch_std = normalise_patches(x)
     mask = out.mask[..., None]
     main = torch.where(mask, out.main[pair - 1] * patch_std + patch_mean, x)
