@@ -715,12 +715,13 @@ def _draw_shapes(n: int, generator: torch.Generator, size: int = 32) -> tuple[Te
     wave = torch.stack([(k * p).sin(), checks, dots, rings], dim=1)[chosen, texture]
     wave = 0.5 + 0.5 * (3 * wave).tanh()[:, None]
 
-    first = uniform(0, 1, 3, 1, 1)
-    second = (first + uniform(0.35, 0.65, 3, 1, 1)) % 1  # far from the first in every channel
+    def two_colours() -> tuple[Tensor, Tensor]:  # far apart in every channel, so nothing is flat
+        first = uniform(0, 1, 3, 1, 1)
+        return first, (first + uniform(0.35, 0.65, 3, 1, 1)) % 1
+
     slope, _ = turned(uniform(0, 2 * math.pi), torch.zeros(n), torch.zeros(n))
-    slope = (0.5 + slope / size).clamp(0, 1)[:, None]
-    background = torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), slope)
-    images = torch.lerp(background, torch.lerp(first, second, wave), inside)  # (n, 3, h, w)
+    background = torch.lerp(*two_colours(), 0.5 + slope[:, None] / (size * math.sqrt(2)))
+    images = torch.lerp(background, torch.lerp(*two_colours(), wave), inside)  # (n, 3, h, w)
     return (images * 255).round().to(torch.uint8), labels
 
 
@@ -875,72 +876,76 @@ def normalise_images(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
+class Shares:
+    """Which images this rank sees: a batch sampler of keys (epoch, i), a micro-batch at a time.
+
+    Every epoch is shuffled anew, from (seed, epoch) alone; ranks never overlap; what does not fill
+    an effective batch is left out. Set `epoch` before iterating.
+    """
+
+    def __init__(self, n: int, split: "Split", seed: int):
+        self.n, self.split, self.seed, self.epoch = n, split, seed, 0
+        self.steps = n // split.batch_size  # optimiser steps an epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.split.accumulation
+
+    def indices(self) -> Tensor:
+        """int64 (micro-batches, device batch)"""
+        order = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        used = torch.randperm(self.n, generator=order)[: self.steps * self.split.batch_size]
+        mine = used[process_rank() :: num_processes()]
+        return mine.view(-1, self.split.device_batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.indices().tolist():
+            yield [(self.epoch, i) for i in batch]
+
+
 class PretrainLoader:
     """This rank's share of the training images, cropped, flipped and normalised, on the device.
 
     Random resized crop (area 0.2 to 1, bicubic) and horizontal flip [R]. An ImageTensor is kept on
-    the device as uint8 and augmented a batch at a time; files go through worker processes. Every
-    epoch is shuffled anew, from (seed, epoch) alone; ranks never overlap; what does not fill an
-    effective batch is left out. Random numbers come from torch's global generator for an
-    ImageTensor, from (seed, epoch, file) for files. Raises UserError where the images do not fill
-    one effective batch.
+    the device as uint8 and augmented a batch at a time, with random numbers from torch's global
+    generator; files go through worker processes, with random numbers from (seed, epoch, file).
+    Raises UserError where the images do not fill one effective batch.
     """
 
     crop_scale = (0.2, 1.0)
 
     def __init__(self, data, size: tuple[int, int], split: "Split", seed: int, device, workers=0):
-        self.n = len(data.images) if isinstance(data, ImageTensor) else len(data)
-        self.steps = self.n // split.batch_size  # optimiser steps an epoch
-        if not self.steps:
+        self.shares = Shares(len(data[0] if isinstance(data, ImageTensor) else data), split, seed)
+        if not self.shares.steps:
             raise UserError(
-                f"--batch-size {split.batch_size} is larger than the {self.n} training images"
+                f"--batch-size {split.batch_size} is larger than the {self.shares.n} training "
+                "images"
             )
-        self.data, self.size, self.split, self.seed, self.device = data, size, split, seed, device
+        self.data, self.size, self.device = data, size, device
         self.corrupt: set[str] = set()  # files that could not be read
-        self._epoch = 0
-        if not isinstance(data, ImageTensor):
-            self.loader = self._file_loader(data, workers)
-        else:
+        if isinstance(data, ImageTensor):
             self.images = data.images.to(device)
+        else:
+            self.loader = self._file_loader(seed, workers)
 
-    def _file_loader(self, files: list[str], workers: int):
+    def _file_loader(self, seed: int, workers: int):
         from torchvision.transforms import InterpolationMode, v2
 
-        transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    self.size, self.crop_scale, interpolation=InterpolationMode.BICUBIC
-                ),
-                v2.RandomHorizontalFlip(),
-                v2.PILToTensor(),
-            ]
-        )
-        cuda = self.device.type == "cuda"
-        options = dict(persistent_workers=True, prefetch_factor=4) if workers else {}
+        bicubic = InterpolationMode.BICUBIC
+        crop = v2.RandomResizedCrop(self.size, self.crop_scale, interpolation=bicubic)
+        transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
         return torch.utils.data.DataLoader(
-            ImageFolder(files, transform, self.seed),
-            batch_sampler=_Keys(self),
+            ImageFolder(self.data, transform, seed),
+            batch_sampler=self.shares,
             num_workers=workers,
-            pin_memory=cuda,
-            **options,
+            pin_memory=self.device.type == "cuda",
+            **(dict(persistent_workers=True, prefetch_factor=4) if workers else {}),
         )
-
-    def __len__(self) -> int:
-        """Micro-batches of this rank in an epoch."""
-        return self.steps * self.split.accumulation
-
-    def indices(self, epoch: int) -> Tensor:
-        """Which images this rank sees in `epoch`: int64 (micro-batches, device batch)."""
-        order = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-        used = torch.randperm(self.n, generator=order)[: self.steps * self.split.batch_size]
-        mine = used[process_rank() :: num_processes()]
-        return mine.view(-1, self.split.device_batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Tensor]:
         """The micro-batches of an epoch: float32 (device batch, 3, H, W), normalised."""
-        self._epoch = epoch
+        self.shares.epoch = epoch
         if isinstance(self.data, ImageTensor):
-            for indices in self.indices(epoch).to(self.device):
+            for indices in self.shares.indices().to(self.device):
                 n = len(indices)
                 boxes = random_boxes(n, *self.images.shape[2:], self.crop_scale, self.device)
                 flip = torch.rand(n, device=self.device) < 0.5
@@ -951,20 +956,6 @@ class PretrainLoader:
                 self.corrupt.add(path)
                 say(f"warning: {path} cannot be read and is skipped", every_rank=True)
             yield normalise_images(images.to(self.device, non_blocking=True))
-
-
-class _Keys:
-    """Lets worker processes stay alive over epochs: the keys (epoch, i) of each micro-batch."""
-
-    def __init__(self, loader: PretrainLoader):
-        self.parent = loader
-
-    def __len__(self) -> int:
-        return len(self.parent)
-
-    def __iter__(self):
-        for batch in self.parent.indices(self.parent._epoch).tolist():
-            yield [(self.parent._epoch, i) for i in batch]
 
 
 def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
@@ -1362,8 +1353,8 @@ def processes(device_flag: str):
     nccl on CUDA, gloo elsewhere. Raises UserError for a device that is not there.
     """
     device = pick_device(device_flag)
-    torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
     if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         cuda = device.type == "cuda"

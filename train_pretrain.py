@@ -173,14 +173,14 @@ def main(argv: list[str] | None = None) -> None:
         ).to(device)
 
         groups = mirl.parameter_groups(model, args.weight_decay)
-        trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), split, loader.steps, device)
+        trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), split, loader.shares.steps, device)
         say(json.dumps(dataclasses.asdict(args)))
         millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         say(
             f"{args.method} {args.model}, {millions:.2f}M parameters, on {device} in "
-            f"{str(trainer.dtype).removeprefix('torch.')}; {loader.n} images; effective batch "
+            f"{str(trainer.dtype).removeprefix('torch.')}; {loader.shares.n} images; effective batch "
             f"{split.batch_size} = {mirl.num_processes()} process(es) x {split.device_batch_size} "
-            f"images x {split.accumulation} accumulated; {loader.steps} steps an epoch; "
+            f"images x {split.accumulation} accumulated; {loader.shares.steps} steps an epoch; "
             f"lr {args.lr:.3g}"
         )
         try:
