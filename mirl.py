@@ -1098,6 +1098,8 @@ class Trainer:
         self.checkpoint = self.out / "checkpoint.pt"
         self.total_steps = args.epochs * steps
         self.dtype = pick_dtype(args.dtype, device)
+        if args.compile:
+            check_compile(device)
         warmup = round(args.warmup_epochs * steps)
 
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
@@ -1110,7 +1112,6 @@ class Trainer:
             self._open_run()
 
         if args.compile:
-            check_compile(device)
             model.compile()
         self.model = model
         if num_processes() > 1:
@@ -1612,11 +1613,14 @@ def interruptible():
 
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
-    """main(argv); errors of the user's become one sentence on stderr and exit code 2 (1 for a
-    training that went wrong). Under torchrun the first process of each node says it."""
+    """main(argv); what the user can mend (wrong input, a file or folder that the system refuses)
+    becomes one sentence on stderr and exit code 2, or 1 where a training went wrong. Under torchrun
+    the first process of each node says it."""
     try:
         main(argv)
-    except UserError as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = TrainingError("the device ran out of memory: lower --device-batch-size")
         if not local_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1 if isinstance(error, TrainingError) else 2) from None

@@ -174,14 +174,15 @@ def main(argv: list[str] | None = None) -> None:
 
         groups = mirl.parameter_groups(model, args.weight_decay)
         trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), split, loader.shares.steps, device)
-        say(json.dumps(dataclasses.asdict(args)))
+        shares = loader.shares
+        dtype = str(trainer.dtype).removeprefix("torch.")
         millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        say(json.dumps(dataclasses.asdict(args)))
+        say(f"{args.method} {args.model}, {millions:.2f}M parameters, on {device} in {dtype}")
         say(
-            f"{args.method} {args.model}, {millions:.2f}M parameters, on {device} in "
-            f"{str(trainer.dtype).removeprefix('torch.')}; {loader.shares.n} images; effective batch "
-            f"{split.batch_size} = {mirl.num_processes()} process(es) x {split.device_batch_size} "
-            f"images x {split.accumulation} accumulated; {loader.shares.steps} steps an epoch; "
-            f"lr {args.lr:.3g}"
+            f"{shares.n} images, {shares.steps} steps an epoch; effective batch {split.batch_size} = "
+            f"{mirl.num_processes()} process(es) x {split.device_batch_size} images x "
+            f"{split.accumulation} accumulated; lr {args.lr:.3g}"
         )
         try:
             for epoch in trainer.epochs():
