@@ -180,9 +180,9 @@ def main(argv: list[str] | None = None) -> None:
         say(json.dumps(dataclasses.asdict(args)))
         say(f"{args.method} {args.model}, {millions:.2f}M parameters, on {device} in {dtype}")
         say(
-            f"{shares.n} images, {shares.steps} steps an epoch; effective batch {split.batch_size} = "
-            f"{mirl.num_processes()} process(es) x {split.device_batch_size} images x "
-            f"{split.accumulation} accumulated; lr {args.lr:.3g}"
+            f"{shares.n} images, {shares.steps} steps an epoch, lr {args.lr:.3g}; effective batch "
+            f"{split.batch_size} = {mirl.num_processes()} process(es) x "
+            f"{split.device_batch_size} images x {split.accumulation} accumulated"
         )
         try:
             for epoch in trainer.epochs():
