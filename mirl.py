@@ -744,7 +744,7 @@ def list_images(root: Path) -> list[str]:
     return sorted(files)
 
 
-class ImageFolder(torch.utils.data.Dataset):
+class ImageFiles(torch.utils.data.Dataset):
     """Image files as uint8 tensors (3, H, W), each transformed at random in its own way.
 
     Indexed with (epoch, i): the same pair gives the same picture, whichever process makes it.
@@ -785,8 +785,8 @@ def load_data(name: str, data_dir: str, split: str) -> ImageTensor | list[str]:
 
     `shapes`, `cifar10` and `cifar100` come as an ImageTensor, the last two downloaded into
     `data_dir` at first use; anything else is a folder and comes as a list of image files: of its
-    subfolder `split` where there is one, else of all of it, every fiftieth of them (at least one)
-    being the validation split. Raises UserError for what cannot be had.
+    subfolder train or val where it has both, else of all of it, every fiftieth image being the
+    validation split. Raises UserError for what cannot be had.
     """
     if name == "shapes":
         return make_shapes(10_000, seed=0) if split == "train" else make_shapes(2_000, seed=1)
@@ -805,9 +805,9 @@ def load_data(name: str, data_dir: str, split: str) -> ImageTensor | list[str]:
         images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
         return ImageTensor(images, torch.tensor(data.targets), list(data.classes))
     root = Path(name)
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        return list_images(root / split)
     if (root / "train").is_dir():
-        if split == "train" or (root / "val").is_dir():
-            return list_images(root / split)
         root = root / "train"
     files = list_images(root)
     held_out = set(range(0, len(files), 50))
@@ -934,7 +934,7 @@ class PretrainLoader:
         crop = v2.RandomResizedCrop(self.size, self.crop_scale, interpolation=bicubic)
         transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
         return torch.utils.data.DataLoader(
-            ImageFolder(self.data, transform, seed),
+            ImageFiles(self.data, transform, seed),
             batch_sampler=self.shares,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
@@ -973,7 +973,7 @@ def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
 
     shorter = v2.Resize(max(size), interpolation=InterpolationMode.BICUBIC)
     transform = v2.Compose([shorter, v2.CenterCrop(size), v2.PILToTensor()])
-    folder = ImageFolder(data, transform)
+    folder = ImageFiles(data, transform)
     picks = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()
     return normalise_images(torch.stack([folder[0, i][0] for i in picks]))
 
@@ -1060,6 +1060,7 @@ RESUME_KEEPS = (
     "clip_grad",
     "seed",
 )
+CURE = "try a lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
 
 
 class Trainer:
@@ -1197,12 +1198,9 @@ class Trainer:
         bad = (~losses.isfinite().all(dim=1)).nonzero()
         if len(bad):
             step = self.step - len(losses) + 1 + bad[0].item()
-            kept = f"{self.checkpoint} holds the last good epoch"
-            if not self.checkpoint.exists():
-                kept = "no epoch was complete, so there is no checkpoint"
             raise TrainingError(
-                f"the loss at step {step} (epoch {self.epoch + 1}) is not finite; {kept}; try a "
-                "lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
+                f"the loss at step {step} (epoch {self.epoch + 1}) is not finite; "
+                f"{last_checkpoint(self.out)}; {CURE}"
             )
         seconds = time.perf_counter() - self.clock
         images = len(losses) * self.split.batch_size
@@ -1211,7 +1209,7 @@ class Trainer:
         epoch_sum = losses.double().sum(dim=0)
         self.epoch_losses = epoch_sum if not self.logged else self.epoch_losses + epoch_sum
         self.logged += len(losses)
-        record = dict(
+        self.record = dict(
             kind="step",
             epoch=self.epoch + 1,
             step=self.step,
@@ -1222,7 +1220,7 @@ class Trainer:
             input_wait=round(self.waited / seconds, 4),
             peak_memory_gib=peak_memory(self.device),
         )
-        self.write(record)
+        self.write(self.record)
         left = (self.total_steps - self.step) * self.split.batch_size / speed
         text = f"loss {mean[0]:.4f}  lr {lr:.2e}  {speed:.0f} img/s"
         self.bar.set_postfix_str(text)
@@ -1236,19 +1234,16 @@ class Trainer:
 
     def end_epoch(self, epoch: int, **record) -> None:
         """Log the epoch with `record`'s values, and save the checkpoint."""
-        mean = (self.epoch_losses / self.logged).tolist()
         seconds = time.perf_counter() - self.epoch_began
-        self.write(
-            dict(kind="epoch", epoch=epoch + 1, step=self.step)
-            | dict(zip(self.names, mean, strict=True))
-            | dict(images_per_second=round(self.steps * self.split.batch_size / seconds, 1))
-            | dict(seconds=round(seconds, 2), peak_memory_gib=peak_memory(self.device))
-            | record
-        )
+        mean = (self.epoch_losses / self.logged).tolist()
+        speed = round(self.steps * self.split.batch_size / seconds, 1)
+        last = self.record | dict(zip(self.names, mean, strict=True))
+        last |= dict(kind="epoch", images_per_second=speed, seconds=round(seconds, 2))
+        self.write(last | record)
         if not all(bool(p.isfinite().all()) for p in self.bare.parameters()):
             raise TrainingError(
                 f"the weights after step {self.step} (epoch {epoch + 1}) are not finite, so they "
-                "were not saved; try a lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
+                f"were not saved; {last_checkpoint(self.out)}; {CURE}"
             )
         if is_main():
             save_file(
@@ -1282,11 +1277,14 @@ class Trainer:
             for name, value in record.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            self.board.flush()
 
     def _open_run(self) -> None:
         metrics, config = self.out / "metrics.jsonl", self.out / "config.json"
         self.board = open_tensorboard(self.out) if self.args.tensorboard else None
         self.out.mkdir(parents=True, exist_ok=True)
+        for stale in self.out.glob("*.tmp*"):  # of a run that was killed while saving
+            stale.unlink()
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         step = self.start_epoch * self.steps  # what came after the checkpoint will come again
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -1590,16 +1588,13 @@ def clock_time(seconds: float) -> str:
 
 
 class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C. `code` is the exit code, 128 + the signal's number."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.code = 128 + number
+    """SIGTERM or Ctrl-C."""
 
 
 @contextlib.contextmanager
-def interruptible():
-    """Turns SIGTERM and Ctrl-C into Interrupted."""
+def interruptible(out: str):
+    """SIGTERM and Ctrl-C end the run in `out` with a sentence that names the checkpoint to go on
+    from, and exit code 128 + the signal's number."""
 
     def stop(number, frame):
         raise Interrupted(number)
@@ -1607,9 +1602,20 @@ def interruptible():
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except Interrupted as interrupted:
+        number = interrupted.args[0]
+        say(f"stopped by {signal.Signals(number).name}: {last_checkpoint(out)}")
+        raise SystemExit(128 + number) from None
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def last_checkpoint(out: str | Path) -> str:
+    path = Path(out) / "checkpoint.pt"
+    if path.exists():
+        return f"{path} holds the last complete epoch, and --resume continues it"
+    return "no epoch was complete, so there is no checkpoint"
 
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:

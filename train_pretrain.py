@@ -154,7 +154,7 @@ def model_config(args: Args) -> mirl.Config:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     mirl.check_out(args.out, args.resume)
-    with mirl.processes(args.device) as device, mirl.interruptible():
+    with mirl.processes(args.device) as device, mirl.interruptible(args.out):
         torch.manual_seed(args.seed)  # the same initial weights in every process
         config = model_config(args)
         model = mirl.MIRL(config).to(device)
@@ -184,22 +184,15 @@ def main(argv: list[str] | None = None) -> None:
             f"{split.batch_size} = {mirl.num_processes()} process(es) x "
             f"{split.device_batch_size} images x {split.accumulation} accumulated"
         )
-        try:
-            for epoch in trainer.epochs():
-                for images in loader.epoch(epoch):
-                    with trainer.forward():
-                        out = trainer.model(images)
-                    pairs = {f"loss_{g}": loss for g, loss in enumerate(out.losses, start=1)}
-                    trainer.backward(out.loss, pairs)
-                trainer.end_epoch(epoch, corrupt_files=len(loader.corrupt))
-                if args.picture_every and (epoch + 1) % args.picture_every == 0:
-                    draw(model, shown, args, f"epoch-{epoch + 1:04d}.png")
-        except mirl.Interrupted as stop:
-            kept = f"{trainer.checkpoint} holds the last complete epoch; --resume continues it"
-            if not trainer.checkpoint.exists():
-                kept = "no epoch was complete, so there is no checkpoint"
-            say(f"stopped by {stop}: {kept}")
-            raise SystemExit(stop.code) from None
+        for epoch in trainer.epochs():
+            for images in loader.epoch(epoch):
+                with trainer.forward():
+                    out = trainer.model(images)
+                pairs = {f"loss_{g}": loss for g, loss in enumerate(out.losses, start=1)}
+                trainer.backward(out.loss, pairs)
+            trainer.end_epoch(epoch, corrupt_files=len(loader.corrupt))
+            if args.picture_every and (epoch + 1) % args.picture_every == 0:
+                draw(model, shown, args, f"epoch-{epoch + 1:04d}.png")
 
         if mirl.is_main():
             encoder = model.encoder

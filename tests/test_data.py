@@ -163,6 +163,9 @@ def test_folders(tmp_path):
     (tmp_path / "flat" / "notes.txt").write_text("not an image")
     train, val = (mirl.load_data(str(tmp_path / "flat"), "", s) for s in ("train", "val"))
     assert len(train) == 58 and len(val) == 2 and not set(train) & set(val)
+    write_images(tmp_path / "half" / "train" / "cat", 3)
+    train, val = (mirl.load_data(str(tmp_path / "half"), "", s) for s in ("train", "val"))
+    assert len(train) == 2 and len(val) == 1 and not set(train) & set(val)
 
 
 def test_folders_that_cannot_be_used(tmp_path):

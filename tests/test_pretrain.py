@@ -130,6 +130,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys, method):
 
     steps, epochs = metrics(out, "step"), metrics(out, "epoch")
     assert [m["step"] for m in steps] == [2, 4, 6, 8] and [m["epoch"] for m in epochs] == [1, 2]
+    assert [set(m) - {"seconds", "corrupt_files"} for m in epochs] == [set(steps[0])] * 2
     assert epochs[0]["loss"] == pytest.approx((steps[0]["loss"] + steps[1]["loss"]) / 2)
     names = {"lr", "grad_norm", "images_per_second", "peak_memory_gib", "loss", "loss_1"}
     assert names <= set(steps[0])
@@ -268,10 +269,12 @@ train_pretrain.main(sys.argv[1:])
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     killed = subprocess.run([sys.executable, "-c", program, *flags], env=environment)
     assert killed.returncode == -signal.SIGKILL
+    (out / "checkpoint.pt.tmp1.pt").write_bytes(b"half")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"kind": "step", "st')
     assert pretrain("--out", out, "--epochs", 3, "--resume") == 0
     assert_same_run(out, uninterrupted)
+    assert not list(out.glob("*tmp*"))
 
 
 def test_resume_without_a_run_starts_one_and_of_a_complete_one_ends(tmp_path, capsys):

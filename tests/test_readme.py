@@ -1,0 +1,51 @@
+"""What the README says of the code must stay true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import mirl
+import train_pretrain
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SOURCE = (Path(__file__).parent.parent / "mirl.py").read_text().splitlines()
+LINKS = re.findall(r"\[`([\w.]+)`\]\(mirl\.py#L(\d+)\)", README)
+
+
+def line_of(name: str) -> int:
+    last = name.split(".")[-1]
+    return next(
+        i
+        for i, line in enumerate(SOURCE, 1)
+        if re.match(rf"\s*(def|class) {last}\b|{last} = ", line)
+    )
+
+
+@pytest.mark.parametrize(("name", "line"), sorted(set(LINKS)))
+def test_links_lead_to_the_code(name, line):
+    assert int(line) == line_of(name)
+
+
+def test_every_link_is_checked():
+    assert len(LINKS) > 15 and README.count("mirl.py#L") == len(LINKS)
+
+
+def test_the_flags_named_exist():
+    named = set(re.findall(r"(--[a-z][a-z-]+)", README.split("## Which run")[1]))
+    torchruns = {"--nproc-per-node", "--nnodes", "--max-restarts", "--help"}
+    torchruns |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
+    flags = {"--" + name.replace("_", "-") for name in train_pretrain.Args.__annotations__}
+    assert named - torchruns <= flags | {"--no-dense"}
+
+
+def test_the_example_runs():
+    """On a small model in place of ViT-B."""
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = code.replace('"vit_b"', '"vit_nano"').replace("224, 224", "32, 32")
+    names = {}
+    exec(code.replace("patch_size=16", "patch_size=4"), names)
+    assert names["pictures"].shape == (8, 5, 3, 32, 32)
+    assert isinstance(names["mae"], mirl.MIRL) and names["mae"].config.segments == 1
+    assert torch.equal(names["encoder"].cls_token, names["model"].encoder.cls_token)
