@@ -23,6 +23,7 @@ D encoder width; d decoder width; G segments.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -44,8 +45,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -80,9 +86,13 @@ class Config:
     pool: str = "mean"  # "mean" over patches or "cls": a classifier; "none": tokens, no head
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "patch_size", "channels", "num_classes"):
+        for name in ("depth", "patch_size", "channels", "num_classes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise UserError(
+                f"image_size must be a number or (height, width), not {self.image_size}"
+            )
         height, width = self.image_hw
         if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
             raise UserError(
@@ -90,6 +100,8 @@ class Config:
                 "choose image_size as a multiple of patch_size"
             )
         check_width("width", self.width, "heads", self.heads)
+        if not self.mlp_ratio > 0:
+            raise UserError(f"mlp_ratio must be greater than 0, not {self.mlp_ratio}")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"drop_path must be in [0, 1), not {self.drop_path}")
         if self.pool not in ("mean", "cls", "none"):
@@ -143,12 +155,12 @@ class Config:
 
 
 def check_width(width_name: str, width: int, heads_name: str, heads: int) -> None:
-    if heads < 1 or width % heads:
-        raise UserError(f"{width_name} {width} does not divide into {heads_name} {heads}")
-    if width % 4:
+    if width < 4 or width % 4:
         raise UserError(
             f"{width_name} {width} is not a multiple of 4, which sin-cos positions need"
         )
+    if heads < 1 or width % heads:
+        raise UserError(f"{width_name} {width} does not divide into {heads_name} {heads}")
 
 
 def _small(depth, width, heads, segments, decoder_width, decoder_depth, decoder_heads):
@@ -431,17 +443,17 @@ class ViT(nn.Module):
     def intermediate_features(self, images: Tensor, blocks: list[int] | None = None):
         """Feature maps for dense tasks: a list of (B, D, H/P, W/P), un-normed, without class token.
 
-        blocks: 0-based blocks after which to take them, default the last of each segment.
-        Raises UserError where there is no such block.
+        blocks: 0-based blocks after which to take them, default the last one alone. Raises
+        UserError where there is no such block.
         """
         depth = self.config.depth
-        ends = segment_ends(depth, self.config.segments)
-        wanted = [end - 1 for end in ends] if blocks is None else blocks
-        if bad := [b for b in wanted if not 0 <= b < depth]:
-            raise UserError(f"there is no block {bad[0]} in an encoder of {depth} blocks")
+        wanted = [depth - 1] if blocks is None else blocks
+        for k in wanted:
+            if not 0 <= k < depth:
+                raise UserError(f"there is no block {k} in an encoder of {depth} blocks")
         x = self.embed(self.patchify(images))
         maps = {}
-        for k, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for k, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
             x = block(x)
             if k in wanted:
                 maps[k] = rearrange(x[:, 1:], "b (h w) d -> b d h w", h=self.config.grid[0])
@@ -608,25 +620,28 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def panels(
-    images: Tensor, out: MIRLOutput, patch_size: int, pair: int = 1, mean=None, std=None
-) -> Tensor:
+@functools.cache
+def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation as (3, 1, 1), made once a device: copying them there would wait for it."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).view(2, 3, 1, 1)
+    return mean, std
+
+
+def panels(images: Tensor, out: MIRLOutput, patch_size: int, pair: int = 1) -> Tensor:
     """Pixel-space pictures of a result, (B, 5, C, H, W) in [0, 1]  [S C, Figure 1].
 
     The five: ground truth, masked image, reconstruction, residual, main component. images: the
     (B, C, H, W) that `out` was made from; pair: 1..G/2. The per-patch normalisation is undone with
     the *true* mean and deviation of each patch. Visible patches are shown as they are, with a
     residual of zero, so reconstruction = main component + residual everywhere; zero is shown as
-    grey. mean, std: the C channels' normalisation, to be undone too; ImageNet's for C = 3 and none
-    for other C. Raises UserError where there is no such pair.
+    grey. For C = 3 ImageNet's mean and deviation are undone too; images of other C are taken to be
+    in [0, 1]. Raises UserError where there is no such pair.
     """
     if not 1 <= pair <= len(out.main):
         raise UserError(f"there is no pair {pair}: the model has {len(out.main)}")
     channels, height, width = images.shape[1:]
     grid = (height // patch_size, width // patch_size)
-    if mean is None:
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.0,), (1.0,))
-    channel_mean, channel_std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+    channel_mean, channel_std = imagenet_statistics(images.device) if channels == 3 else (0, 1)
 
     x = patchify(images, patch_size)
     _, patch_mean, patch_std = normalise_patches(x)
@@ -727,8 +742,6 @@ def _draw_shapes(n: int, generator: torch.Generator, size: int = 32) -> tuple[Te
 
 def list_images(root: Path) -> list[str]:
     """All image files below `root`, sorted. Raises UserError where there are none."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     if not root.is_dir():
         raise UserError(
             f"--data {root}: there is no such folder (and the names are shapes, cifar10, cifar100)"
@@ -750,7 +763,7 @@ class ImageFiles(torch.utils.data.Dataset):
     Indexed with (epoch, i): the same pair gives the same picture, whichever process makes it.
     Returns (image, bad): where file i cannot be read, the next one that can stands in for it, and
     bad is i (else −1), so that every batch keeps its size and nothing fails unseen.
-    Raises UserError where no file at all can be read.
+    Raises UserError where no file can be read.
     """
 
     def __init__(self, files: list[str], transform: Callable, seed: int = 0):
@@ -762,8 +775,6 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.files)
 
     def read(self, i: int):
-        from PIL import Image
-
         try:
             with Image.open(self.files[i]) as image:
                 return image.convert("RGB")
@@ -772,11 +783,14 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, i = key
-        good = i
-        while (image := self.read(good)) is None:
-            good = (good + 1) % len(self.files)
+        for good in range(i, i + min(len(self.files), 1000)):
+            image = self.read(good % len(self.files))
+            if image is not None:
+                break
+        else:
+            raise UserError(f"{self.files[i]} and all images after it can no longer be read")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, epoch, i))
+            torch.default_generator.manual_seed(seed_of("file", self.seed, epoch, i))
             return self.transform(image), i if good != i else -1
 
 
@@ -791,8 +805,6 @@ def load_data(name: str, data_dir: str, split: str) -> ImageTensor | list[str]:
     if name == "shapes":
         return make_shapes(10_000, seed=0) if split == "train" else make_shapes(2_000, seed=1)
     if name in ("cifar10", "cifar100"):
-        from torchvision import datasets
-
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         try:
             with rank_zero_first():
@@ -872,8 +884,8 @@ def random_boxes(n: int, height: int, width: int, scale: tuple[float, float], de
 
 def normalise_images(images: Tensor) -> Tensor:
     """(B, 3, H, W) of values in 0..255 -> float32, with ImageNet's mean and deviation."""
-    mean, std = (images.new_tensor(v, dtype=torch.float32) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    mean, std = imagenet_statistics(images.device)
+    return (images.float() / 255 - mean) / std
 
 
 class Shares:
@@ -892,7 +904,7 @@ class Shares:
 
     def indices(self) -> Tensor:
         """int64 (micro-batches, device batch)"""
-        order = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        order = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
         used = torch.randperm(self.n, generator=order)[: self.steps * self.split.batch_size]
         mine = used[process_rank() :: num_processes()]
         return mine.view(-1, self.split.device_batch_size)
@@ -928,8 +940,6 @@ class PretrainLoader:
             self.loader = self._file_loader(seed, workers)
 
     def _file_loader(self, seed: int, workers: int):
-        from torchvision.transforms import InterpolationMode, v2
-
         bicubic = InterpolationMode.BICUBIC
         crop = v2.RandomResizedCrop(self.size, self.crop_scale, interpolation=bicubic)
         transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
@@ -937,6 +947,8 @@ class PretrainLoader:
             ImageFiles(self.data, transform, seed),
             batch_sampler=self.shares,
             num_workers=workers,
+            worker_init_fn=leave_signals_alone,
+            generator=torch.Generator(),  # else it draws from the one that masks come from
             pin_memory=self.device.type == "cuda",
             **(dict(persistent_workers=True, prefetch_factor=4) if workers else {}),
         )
@@ -951,11 +963,19 @@ class PretrainLoader:
                 flip = torch.rand(n, device=self.device) < 0.5
                 yield normalise_images(crop_resize(self.images[indices], boxes, self.size, flip))
             return
+        corrupt = set()
         for images, bad in self.loader:
-            for path in {self.data[i] for i in bad[bad >= 0].tolist()} - self.corrupt:
-                self.corrupt.add(path)
-                say(f"warning: {path} cannot be read and is skipped", every_rank=True)
+            corrupt |= {self.data[i] for i in bad[bad >= 0].tolist()}
             yield normalise_images(images.to(self.device, non_blocking=True))
+        for path in sorted(set().union(*gather(corrupt)) - self.corrupt):
+            self.corrupt.add(path)
+            say(f"warning: {path} cannot be read and is skipped")
+
+
+def leave_signals_alone(worker: int) -> None:
+    """A worker process ends with the main one, not by the signals meant for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
@@ -969,8 +989,6 @@ def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
         boxes = torch.tensor([[0.0, 0.0, height, width]]).expand(len(images), 4)
         keep = torch.zeros(len(images), dtype=torch.bool)
         return normalise_images(crop_resize(images, boxes, size, keep))
-    from torchvision.transforms import InterpolationMode, v2
-
     shorter = v2.Resize(max(size), interpolation=InterpolationMode.BICUBIC)
     transform = v2.Compose([shorter, v2.CenterCrop(size), v2.PILToTensor()])
     folder = ImageFiles(data, transform)
@@ -983,9 +1001,9 @@ def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-def seed_of(*parts: int) -> int:
-    """One well-mixed 63-bit seed from several numbers, the same everywhere."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
+def seed_of(purpose: str, *parts: int) -> int:
+    """One well-mixed 63-bit seed from a purpose and several numbers, the same everywhere."""
+    digest = hashlib.sha256(repr((purpose, *parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -1051,15 +1069,8 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine"
 
 
 # Flags that a resumed run must not change: the steps done would not be those of the same run.
-RESUME_KEEPS = (
-    "batch_size",
-    "lr",
-    "warmup_epochs",
-    "weight_decay",
-    "schedule",
-    "clip_grad",
-    "seed",
-)
+RESUME_KEEPS = ["epochs", "warmup_epochs", "batch_size", "lr", "schedule", "weight_decay"]
+RESUME_KEEPS += ["clip_grad", "seed"]
 CURE = "try a lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
 
 
@@ -1074,9 +1085,9 @@ class Trainer:
             trainer.end_epoch(epoch)
 
     model: on its device, not yet wrapped; `trainer.model` is it after --compile and DDP.
-    args: the script's flags. steps: optimiser steps an epoch. extras: by name, further things with
-    a `state_dict` that a checkpoint must hold. Raises UserError where --out holds a run already
-    and --resume is not given, or where the run that it holds is one of another model.
+    args: the script's flags. steps: optimiser steps an epoch. Raises UserError where --resume
+    finds a run of another model or other flags, and for what the machine lacks; nothing is written
+    before all of that is known.
 
     The loop never waits for the device but once every `--log-every` steps, when the losses of the
     steps since are read together.
@@ -1091,16 +1102,17 @@ class Trainer:
         split: Split,
         steps: int,
         device: torch.device,
-        extras: dict[str, Any] | None = None,
     ):
         self.args, self.split, self.steps, self.device = args, split, steps, device
-        self.bare, self.extras = model, extras or {}
+        self.bare = model
         self.out = Path(args.out)
         self.checkpoint = self.out / "checkpoint.pt"
         self.total_steps = args.epochs * steps
         self.dtype = pick_dtype(args.dtype, device)
         if args.compile:
             check_compile(device)
+        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise UserError("--tensorboard needs an extra: pip install -e '.[tensorboard]'")
         warmup = round(args.warmup_epochs * steps)
 
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
@@ -1109,6 +1121,22 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.start_epoch = self._resume() if args.resume else 0
+        self.epoch, self.step = self.start_epoch, self.start_epoch * steps
+        self.micro = 0  # micro-batches since the last optimiser step
+        self.sums: Tensor | None = None  # their losses
+        self.names: list[str] = []  # of the losses
+        self.window: list[Tensor] = []  # the losses of each step since the last log
+        self.epoch_losses: list[Tensor] = []  # the losses of each step of the epoch, up to there
+        self.record: dict[str, Any] = {}  # the last log
+        self.board = None
+        self.resolved = dataclasses.asdict(args) | dict(
+            device=str(device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            processes=num_processes(),
+            device_batch_size=split.device_batch_size,
+            accumulation=split.accumulation,
+            model_config=dataclasses.asdict(model.config),
+        )
         if is_main():
             self._open_run()
 
@@ -1125,15 +1153,12 @@ class Trainer:
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to do; each seeded from (seed, epoch, rank), so a resume is exact."""
-        self.step = self.start_epoch * self.steps
-        self.micro = 0  # micro-batches since the last optimiser step
-        self.window: list[Tensor] = []  # one vector of losses a step since the last log
         self.bar = progress_bar(self.total_steps, self.step)
         for epoch in range(self.start_epoch, self.args.epochs):
-            torch.manual_seed(seed_of(self.args.seed, epoch, process_rank()))
+            torch.manual_seed(seed_of("epoch", self.args.seed, epoch, process_rank()))
             self.model.train()
             self.epoch = epoch
-            self.sums, self.logged = None, 0
+            self.epoch_losses = []
             self._start_clock()
             self.epoch_began = self.clock
             yield epoch
@@ -1206,9 +1231,7 @@ class Trainer:
         images = len(losses) * self.split.batch_size
         speed = images / seconds
         mean = losses.double().mean(dim=0).tolist()
-        epoch_sum = losses.double().sum(dim=0)
-        self.epoch_losses = epoch_sum if not self.logged else self.epoch_losses + epoch_sum
-        self.logged += len(losses)
+        self.epoch_losses.append(losses)
         self.record = dict(
             kind="step",
             epoch=self.epoch + 1,
@@ -1235,7 +1258,7 @@ class Trainer:
     def end_epoch(self, epoch: int, **record) -> None:
         """Log the epoch with `record`'s values, and save the checkpoint."""
         seconds = time.perf_counter() - self.epoch_began
-        mean = (self.epoch_losses / self.logged).tolist()
+        mean = torch.cat(self.epoch_losses).double().mean(dim=0).tolist()
         speed = round(self.steps * self.split.batch_size / seconds, 1)
         last = self.record | dict(zip(self.names, mean, strict=True))
         last |= dict(kind="epoch", images_per_second=speed, seconds=round(seconds, 2))
@@ -1257,7 +1280,6 @@ class Trainer:
                     optimizer=self.optimizer.state_dict(),
                     scheduler=self.scheduler.state_dict(),
                     scaler=self.scaler.state_dict(),
-                    extras={name: x.state_dict() for name, x in self.extras.items()},
                 ),
             )
 
@@ -1281,18 +1303,16 @@ class Trainer:
 
     def _open_run(self) -> None:
         metrics, config = self.out / "metrics.jsonl", self.out / "config.json"
-        self.board = open_tensorboard(self.out) if self.args.tensorboard else None
         self.out.mkdir(parents=True, exist_ok=True)
-        for stale in self.out.glob("*.tmp*"):  # of a run that was killed while saving
-            stale.unlink()
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        step = self.start_epoch * self.steps  # what came after the checkpoint will come again
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        done = self.step  # what came after the checkpoint will come again
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
         write_text(metrics, "".join(line + "\n" for line in kept))
-        resolved = dict(
-            args=dataclasses.asdict(self.args), model=dataclasses.asdict(self.bare.config)
-        )
-        write_text(config, json.dumps(resolved, indent=2) + "\n")
+        write_text(config, json.dumps(self.resolved, indent=2) + "\n")
+        if self.args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=done + 1)
 
     def _resume(self) -> int:
         """Take up the checkpoint in --out, if there is one; the number of epochs it has behind."""
@@ -1312,9 +1332,12 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])
             self.scaler.load_state_dict(saved["scaler"])
-            for name, thing in self.extras.items():
-                thing.load_state_dict(saved["extras"][name])
             epoch = saved["epoch"]
+            if saved["step"] != epoch * self.steps:
+                raise UserError(
+                    f"--resume: {self.checkpoint} was trained on a data set of another size: "
+                    f"{saved['step'] // epoch} steps an epoch, now {self.steps}"
+                )
             say(f"resuming {self.checkpoint} after epoch {epoch} of {self.args.epochs}")
         if num_processes() > 1:
             epochs = torch.tensor([epoch, -epoch], device=self.device)
@@ -1363,38 +1386,54 @@ def processes(device_flag: str):
         dist.destroy_process_group()
 
 
+def gather(value: Any) -> list[Any]:
+    """`value` of every process, in the order of their ranks."""
+    values = [value] * num_processes()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 @contextlib.contextmanager
 def rank_zero_first():
-    """The first process of each node goes through before the others do."""
-    if dist.is_initialized() and local_rank():
-        dist.barrier()
+    """Process 0 goes through first, then the first of each node, then the rest."""
+    turn = 0 if is_main() else 1 if not local_rank() else 2
+    barrier = dist.barrier if dist.is_initialized() else lambda: None
+    for _ in range(turn):
+        barrier()
     try:
         yield
     finally:
-        if dist.is_initialized() and not local_rank():
-            dist.barrier()
+        for _ in range(2 - turn):
+            barrier()
 
 
 def pick_device(flag: str) -> torch.device:
     """auto: CUDA, then MPS, then CPU. Raises UserError for a device that is not there."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if flag == "auto":
-        mps = torch.backends.mps.is_available()
+        mps = torch.backends.mps.is_available() and alone
         flag = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(flag)
     except RuntimeError:
-        raise UserError(f"--device {flag}: use auto, cuda, cuda:N, mps or cpu") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = local_rank() if device.index is None else device.index
-        if index >= count:
-            raise UserError(f"--device {flag}: there are {count} CUDA devices; try --device auto")
-        return torch.device("cuda", index)
+        device = torch.device("meta")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {flag}: use auto, cuda, cuda:N, mps or cpu")
+    if device.type != "cpu" and not alone and flag != "cuda":
+        raise UserError(f"--device {flag} is for one process: under torchrun use cuda or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: there is no MPS device here; try --device auto")
-    if device.type not in ("mps", "cpu"):
-        raise UserError(f"--device {flag}: use auto, cuda, cuda:N, mps or cpu")
-    return device
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = local_rank() if device.index is None else device.index
+    if index >= count:
+        raise UserError(
+            f"--device {flag}: process {local_rank()} of this node needs CUDA device {index} and "
+            f"there are {count}; use fewer processes or another device"
+        )
+    return torch.device("cuda", index)
 
 
 def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
@@ -1413,11 +1452,9 @@ def check_compile(device: torch.device) -> None:
     """Raises UserError where torch.compile lacks what it needs on this device."""
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         raise UserError("--compile on CUDA needs the package triton, which is not installed")
-    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError(
-            "--compile on a CPU needs a C++ compiler (g++ or clang++), and none is here"
-        )
+    compilers = (os.environ.get("CXX"), "g++", "gcc", "clang++", "clang", "cl")
+    if not any(shutil.which(name) for name in compilers if name):
+        raise UserError("--compile needs a C++ compiler (g++ or clang++), and none is here")
 
 
 def pick_workers(flag: int | None) -> int:
@@ -1431,11 +1468,11 @@ def pick_workers(flag: int | None) -> int:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """GiB at the most so far: of the GPU's memory, or of this process's on a CPU."""
+    """GiB at the most so far: of CUDA memory, or elsewhere of this process's; None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     if not importlib.util.find_spec("resource"):
-        return None  # Windows
+        return None
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -1465,7 +1502,7 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def replacing(path: Path):
     """Yields a temporary name beside `path`; what was written there becomes `path`, or nothing."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -1489,7 +1526,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
 def check_out(out: str, resume: bool) -> None:
     """Raises UserError where the folder holds a run that nothing said to continue."""
     names = ("checkpoint.pt", "metrics.jsonl", "config.json")
-    if is_main() and not resume and any((Path(out) / name).exists() for name in names):
+    if not resume and any((Path(out) / name).exists() for name in names):
         raise UserError(f"{out} already holds a run: add --resume to continue it, or choose --out")
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"--out {out} is a file, not a folder")
@@ -1500,14 +1537,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     pairs = {k: (old[k], v) for k, v in new.items() if k in old}
     changed = {k: p for k, p in pairs.items() if json.dumps(p[0]) != json.dumps(p[1])}
     return ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
-
-
-def open_tensorboard(out: Path):
-    if not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard needs an extra: pip install -e '.[tensorboard]'")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(out / "tensorboard")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1557,28 +1586,27 @@ def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[s
     return cls(**(defaults | recipe | given))
 
 
-def check_range(args, **ranges: tuple[float, float]) -> None:
-    """check_range(args, lr=(0, inf)): raises UserError for a value outside [low, high] or NaN."""
-    for name, (low, high) in ranges.items():
+def check_range(args, **lowest: float) -> None:
+    """check_range(args, epochs=1): raises UserError for a value below the lowest, infinite or NaN.
+
+    A lowest of `math.ulp(0)`, the smallest number there is, means "greater than 0".
+    """
+    for name, low in lowest.items():
         value = getattr(args, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise UserError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
+        if value is not None and not (low <= value < 2**63):
+            bound = f"at least {low}" if low in (0, 1) else "greater than 0"
+            raise UserError(f"--{name.replace('_', '-')} must be {bound} and finite, not {value}")
 
 
-def say(text: str, every_rank: bool = False) -> None:
+def say(text: str) -> None:
     """Print from the main process, without tearing a progress bar."""
-    from tqdm import tqdm
-
-    if is_main() or every_rank:
+    if is_main():
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def progress_bar(total: int, done: int):
     """tqdm on a terminal; disabled, with plain lines instead, anywhere else."""
-    from tqdm import tqdm
-
     disable = None if is_main() else True
     return tqdm(total=total, initial=done, disable=disable, unit="step", dynamic_ncols=True)
 
@@ -1597,6 +1625,8 @@ def interruptible(out: str):
     from, and exit code 128 + the signal's number."""
 
     def stop(number, frame):
+        for s in before:  # once is enough
+            signal.signal(s, signal.SIG_IGN)
         raise Interrupted(number)
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -1620,13 +1650,16 @@ def last_checkpoint(out: str | Path) -> str:
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """main(argv); what the user can mend (wrong input, a file or folder that the system refuses)
-    becomes one sentence on stderr and exit code 2, or 1 where a training went wrong. Under torchrun
-    the first process of each node says it."""
+    becomes one sentence on stderr and exit code 2, or 1 where a training went wrong."""
     try:
         main(argv)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             error = TrainingError("the device ran out of memory: lower --device-batch-size")
-        if not local_rank():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # an error in a worker process comes with its traceback, and the sentence at the end
+        sentence = str(error).strip().splitlines()[-1].removeprefix("mirl.UserError: ")
+        if local_rank():
+            time.sleep(2)  # where the first process says the same, torchrun ends this one here
+            sentence = f"process {os.environ.get('RANK')}: {sentence}"
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1 if isinstance(error, TrainingError) else 2) from None

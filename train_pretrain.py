@@ -101,7 +101,7 @@ class Args:
     mask_ratio: float = flag(0.75, "share of the patches that are hidden from the encoder")
     image_size: int | None = flag(None, "side of the images in pixels; default the model's")
     patch_size: int | None = flag(None, "side of a patch in pixels; default the model's")
-    segments: int | None = flag(None, "G, an even number; default the model's")
+    segments: int | None = flag(None, "G, an even number, or 1; default the model's")
     dense: bool | None = flag(
         None, "whether decoders attend to all earlier segments; default yes for mirl, no for mae"
     )
@@ -116,7 +116,9 @@ class Args:
         ("auto", "bf16", "fp16", "fp32"),
     )
     compile: bool = flag(False, "torch.compile: minutes of waiting first, then faster steps")
-    workers: int | None = flag(None, "processes that read image files; default one a core")
+    workers: int | None = flag(
+        None, "processes that read image files; default this one's share of the cores"
+    )
     seed: int = flag(0, "everything random follows from it, the epoch and the process")
     log_every: int = flag(50, "steps between two lines of metrics; more often costs speed")
     picture_every: int | None = flag(None, "epochs between two pictures; 0: at the end alone")
@@ -126,12 +128,12 @@ class Args:
 
 def parse(argv: list[str] | None = None) -> Args:
     args = mirl.parse_flags(Args, argv, __doc__, RECIPES)
-    at_least_one = dict.fromkeys(
-        ("epochs", "batch_size", "device_batch_size", "log_every"), (1, math.inf)
+    mirl.check_range(
+        args,
+        **dict.fromkeys(("epochs", "batch_size", "device_batch_size", "log_every"), 1),
+        **dict.fromkeys(("warmup_epochs", "weight_decay", "workers", "picture_every", "seed"), 0),
+        **dict.fromkeys(("lr", "base_lr", "clip_grad"), math.ulp(0)),
     )
-    positive = dict.fromkeys(("lr", "base_lr", "clip_grad"), (1e-12, math.inf))
-    natural = ("warmup_epochs", "weight_decay", "workers", "picture_every", "seed")
-    mirl.check_range(args, **at_least_one, **positive, **dict.fromkeys(natural, (0, math.inf)))
     if args.warmup_epochs > args.epochs:
         raise UserError(
             f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} epochs"
@@ -154,7 +156,7 @@ def model_config(args: Args) -> mirl.Config:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     mirl.check_out(args.out, args.resume)
-    with mirl.processes(args.device) as device, mirl.interruptible(args.out):
+    with mirl.interruptible(args.out), mirl.processes(args.device) as device:
         torch.manual_seed(args.seed)  # the same initial weights in every process
         config = model_config(args)
         model = mirl.MIRL(config).to(device)
@@ -166,8 +168,8 @@ def main(argv: list[str] | None = None) -> None:
         limit = max(1, 256 * 196 // config.num_patches)
         split = mirl.split_batch(args.batch_size, args.device_batch_size, limit)
         data = mirl.load_data(args.data, args.data_dir, "train")
-        workers = mirl.pick_workers(args.workers)
-        loader = mirl.PretrainLoader(data, config.image_hw, split, args.seed, device, workers)
+        args.workers = mirl.pick_workers(args.workers)
+        loader = mirl.PretrainLoader(data, config.image_hw, split, args.seed, device, args.workers)
         shown = mirl.fixed_images(
             mirl.load_data(args.data, args.data_dir, "val"), config.image_hw, count=8
         ).to(device)
@@ -175,10 +177,9 @@ def main(argv: list[str] | None = None) -> None:
         groups = mirl.parameter_groups(model, args.weight_decay)
         trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), split, loader.shares.steps, device)
         shares = loader.shares
-        dtype = str(trainer.dtype).removeprefix("torch.")
         millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        say(json.dumps(dataclasses.asdict(args)))
-        say(f"{args.method} {args.model}, {millions:.2f}M parameters, on {device} in {dtype}")
+        say(json.dumps(trainer.resolved))
+        say(f"{args.method} {args.model}, {millions:.2f}M parameters, on {device}")
         say(
             f"{shares.n} images, {shares.steps} steps an epoch, lr {args.lr:.3g}; effective batch "
             f"{split.batch_size} = {mirl.num_processes()} process(es) x "

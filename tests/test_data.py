@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
@@ -42,6 +44,33 @@ def test_shapes_have_hardly_a_flat_patch():
     patches = mirl.patchify(mirl.make_shapes(500, 0).images.float(), 4)
     gray_levels = patches.unflatten(2, (16, 3)).std(dim=2).amax(dim=2)  # of the liveliest channel
     assert (gray_levels < 1).float().mean() < 0.02
+
+
+@pytest.mark.slow
+def test_a_small_cnn_learns_the_shapes():
+    """90 % validation accuracy from 4,000 labelled images, within a minute on two cores."""
+
+    def conv(i, o, stride=1):
+        layers = nn.Conv2d(i, o, 3, stride, padding=1), nn.BatchNorm2d(o), nn.ReLU()
+        return nn.Sequential(*layers)
+
+    torch.manual_seed(0)
+    body = conv(3, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 16)
+    net = nn.Sequential(*body, *head)
+    train, val = mirl.make_shapes(4000, 0), mirl.make_shapes(1000, 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=8 * 62)
+    for _ in range(8):
+        for batch in torch.randperm(4000)[: 62 * 64].view(62, 64):
+            x = mirl.normalise_images(train.images[batch])
+            F.cross_entropy(net(x), train.labels[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    with torch.no_grad():
+        predicted = net.eval()(mirl.normalise_images(val.images)).argmax(1)
+    assert (predicted == val.labels).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("box", [(0, 0, 20, 30), (3, 5, 9, 7), (2, 1, 17, 29), (8, 8, 4, 12)])
@@ -146,11 +175,21 @@ def test_a_corrupt_image_is_skipped_named_once_and_counted(tmp_path, capsys, wor
     for epoch in range(3):
         assert sum(len(batch) for batch in one.epoch(epoch)) == 16
     printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
     assert sorted(line.split("/")[-1] for line in printed) == [
         "003.png cannot be read and is skipped",
         "007.png cannot be read and is skipped",
     ]
     assert len(one.corrupt) == 2
+
+
+def test_files_that_vanish_during_a_run_are_an_error(tmp_path):
+    files = mirl.list_images(write_images(tmp_path, 8))
+    one = loader(files)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="can no longer be read"):
+        next(one.epoch(0))
 
 
 def test_folders(tmp_path):

@@ -507,6 +507,14 @@ def test_panels_undo_the_normalisation():
         mirl.panels(x, out, 4, pair=2)
 
 
+def test_panels_of_other_channels_are_taken_as_they_are():
+    x = images().sigmoid()
+    out = tiny()(x, noise())
+    truth, masked = mirl.panels(x, out, 4, pair=2)[:, :2].unbind(1)
+    assert torch.equal(truth, x)
+    assert (masked == x).float().mean() == pytest.approx(3 / 15, abs=0.01)
+
+
 # -- refusals --
 
 
@@ -529,6 +537,9 @@ def test_panels_undo_the_normalisation():
         ("vit_nano", dict(heads=5), "width 96 does not divide into heads 5"),
         ("vit_nano", dict(decoder_heads=3), "decoder_width 64 does not divide into decoder_heads"),
         ("vit_nano", dict(width=6, heads=3), "width 6 is not a multiple of 4"),
+        ("vit_nano", dict(decoder_width=-64), "decoder_width -64 is not a multiple of 4"),
+        ("vit_nano", dict(mlp_ratio=0), "mlp_ratio must be greater than 0"),
+        ("vit_nano", dict(image_size=(32,)), "image_size must be a number or"),
         ("vit_nano", dict(decoder_depth=0), "decoder_depth must be at least 1"),
         ("vit_nano", dict(drop_path=1.0), "drop_path must be in"),
         ("vit_nano", dict(pool="max"), "pool must be mean, cls or none"),

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ def pretrain(*flags):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def write_images(folder):
+    """The 32 small shapes as files."""
+    folder.mkdir()
+    for i, image in enumerate(mirl.make_shapes(32, 0).images.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(folder / f"{i}.png")
 
 
 def metrics(out, kind):
@@ -113,7 +121,7 @@ def test_weight_decay_spares_biases_norms_and_tokens():
 
 
 def test_seeds_differ():
-    seeds = [mirl.seed_of(s, e, r) for s in range(5) for e in range(50) for r in range(8)]
+    seeds = [mirl.seed_of(w, e, r) for w in ("a", "b") for e in range(50) for r in range(8)]
     assert len(set(seeds)) == len(seeds) and min(seeds) >= 0 and max(seeds) < 2**63
 
 
@@ -136,9 +144,8 @@ def test_a_run_from_end_to_end(tmp_path, capsys, method):
     assert names <= set(steps[0])
     assert steps[3]["lr"] == pytest.approx(4e-3 * 8 / 256 * mirl.lr_factor(7, 8, 4))
     saved = json.loads((out / "config.json").read_text())
-    assert saved["args"]["batch_size"] == 8 and saved["model"]["segments"] == (
-        2 if method == "mirl" else 1
-    )
+    assert saved["device_batch_size"] == 8 and saved["dtype"] == "float32"
+    assert saved["model_config"]["segments"] == (2 if method == "mirl" else 1)
 
     # the encoder alone fits an encoder and holds what the checkpoint holds
     encoder = torch.load(out / "encoder.pt", weights_only=True)
@@ -153,11 +160,29 @@ def test_a_run_from_end_to_end(tmp_path, capsys, method):
     assert not list(out.glob("*tmp*"))
 
 
+def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert folder == tmp_path / "run" / "tensorboard" and purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    module = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(mirl.importlib.util, "find_spec", lambda name: module)
+    assert pretrain("--out", tmp_path / "run", "--tensorboard") == 0
+    for m in metrics(tmp_path / "run", "step"):
+        assert ("step/loss_1", m["loss_1"], m["step"]) in written
+
+
 def test_folders_accumulation_clipping_and_step_decay(tmp_path):
-    images = mirl.make_shapes(32, 0).images.permute(0, 2, 3, 1).numpy()
-    (tmp_path / "images").mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    write_images(tmp_path / "images")
     flags = ["--data", tmp_path / "images", "--out", tmp_path / "run", "--workers", 2]
     flags += ["--device-batch-size", 2, "--clip-grad", 0.1, "--schedule", "step", "--dtype", "bf16"]
     assert pretrain(*flags, "--image-size", 24, "--segments", 4, "--no-dense") == 0
@@ -168,7 +193,7 @@ def test_folders_accumulation_clipping_and_step_decay(tmp_path):
 def test_training_lowers_the_loss(tmp_path):
     assert pretrain("--out", tmp_path / "run", "--epochs", 15, "--base-lr", 0.1) == 0
     epochs = metrics(tmp_path / "run", "epoch")
-    assert epochs[-1]["loss"] < 0.75 * epochs[0]["loss"]
+    assert epochs[-1]["loss"] < 0.8  # predicting zero everywhere scores 47/48 = 0.98
 
 
 def test_accumulation_changes_nothing_but_memory(tmp_path):
@@ -255,6 +280,18 @@ def test_stop_and_resume_equal_an_uninterrupted_run(tmp_path, capsys, uninterrup
     assert_same_run(out, uninterrupted)
 
 
+def test_a_run_on_files_resumes_exactly(tmp_path):
+    """Worker processes live through the epochs of one run, and start anew in the other."""
+    write_images(tmp_path / "images")
+    flags = ["--data", tmp_path / "images", "--workers", 1, "--epochs", 3]
+    assert pretrain("--out", tmp_path / "whole", *flags) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 1, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert pretrain("--out", tmp_path / "run", *flags) == 128 + signal.SIGTERM
+    assert pretrain("--out", tmp_path / "run", *flags, "--resume") == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_kill_and_resume_equal_an_uninterrupted_run(tmp_path, uninterrupted):
     """SIGKILL in the second epoch, while a line of metrics and a checkpoint are half written."""
     out = tmp_path / "run"
@@ -269,7 +306,7 @@ train_pretrain.main(sys.argv[1:])
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     killed = subprocess.run([sys.executable, "-c", program, *flags], env=environment)
     assert killed.returncode == -signal.SIGKILL
-    (out / "checkpoint.pt.tmp1.pt").write_bytes(b"half")
+    (out / "checkpoint.tmp.pt").write_bytes(b"half")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"kind": "step", "st')
     assert pretrain("--out", out, "--epochs", 3, "--resume") == 0
@@ -294,6 +331,7 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     assert pretrain("--out", out) == 0
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     refused = {
+        ("--resume", "--epochs", 5): "continues a run as it began.*epochs 2 -> 5",
         (): "already holds a run: add --resume",
         ("--resume", "--segments", 4): "of another model: segments 2 -> 4",
         ("--resume", "--lr", 0.5): "continues a run as it began.*lr .* -> 0.5",
@@ -302,6 +340,12 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     for flags, message in refused.items():
         assert pretrain("--out", out, *flags) == 2
         assert re.search(message, capsys.readouterr().err)
+    images, labels, classes = mirl.make_shapes(32, 0)
+    doubled = mirl.ImageTensor(images.repeat(2, 1, 1, 1), labels.repeat(2), classes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mirl, "make_shapes", lambda count, seed: doubled)
+        assert pretrain("--out", out, "--resume") == 2
+    assert "of another size: 4 steps an epoch, now 8" in capsys.readouterr().err
     (out / "checkpoint.pt").write_bytes(b"torn")
     before["checkpoint.pt"] = b"torn"
     assert pretrain("--out", out, "--resume") == 2
@@ -401,19 +445,60 @@ def test_two_processes_equal_one(tmp_path, accumulation):
 
 
 def test_the_script_under_torchrun(tmp_path):
-    images = mirl.make_shapes(32, 0).images.permute(0, 2, 3, 1).numpy()
-    (tmp_path / "images").mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    write_images(tmp_path / "images")
     flags = [*TINY, "--data", tmp_path / "images", "--out", tmp_path / "run", "--workers", "1"]
-    done = subprocess.run(
-        [*TORCHRUN, ROOT / "train_pretrain.py", *flags], capture_output=True, text=True
-    )
+    (tmp_path / "images" / "7.png").write_bytes(b"broken")
+    command = [*TORCHRUN, ROOT / "train_pretrain.py", *flags, "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("7.png cannot be read and is skipped") == 1
     assert "effective batch 8 = 2 process(es) x 4 images x 1 accumulated" in done.stdout
     assert done.stdout.count("done: ") == 1
     assert [m["step"] for m in metrics(tmp_path / "run", "step")] == [2, 3, 4, 6]
     assert (tmp_path / "run" / "reconstruction.png").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("after epoch 2 of 2") == 1, again.stderr
+
+
+def test_an_error_of_another_process_is_said(tmp_path):
+    """Process 1 alone finds no GPU of its own; it must not end without a word."""
+    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    command = [sys.executable, ROOT / "train_pretrain.py", "--device", "cuda", "--out", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: process 1: --device cuda" in done.stderr
+
+
+# -- what needs a GPU --
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", [["--dtype", "bf16"], ["--dtype", "fp16"], ["--compile"]])
+def test_a_run_on_a_gpu(tmp_path, flags):
+    assert pretrain("--out", tmp_path / "run", "--device", "cuda", *flags) == 0
+    assert metrics(tmp_path / "run", "epoch")[-1]["loss"] < 3
+
+
+@needs_gpu
+def test_steps_do_not_wait_for_the_gpu(tmp_path):
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    model = mirl.build_mirl("vit_nano").to(device)
+    args = train_pretrain.parse([*TINY, "--out", str(tmp_path / "run"), "--log-every", "100"])
+    split = mirl.split_batch(8, 2, 256)
+    groups = mirl.parameter_groups(model, 0.05)
+    trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), split, 4, device)
+    loader = mirl.PretrainLoader(mirl.make_shapes(32, 0), (32, 32), split, 0, device)
+    next(iter(trainer.epochs()))
+    micro_batches = iter(loader.epoch(0))
+    for i in range(12):  # three of the epoch's four steps; the last one logs
+        torch.cuda.set_sync_debug_mode("error" if i > 4 else "default")
+        with trainer.forward():
+            out = trainer.model(next(micro_batches))
+        trainer.backward(out.loss, {})
+    torch.cuda.set_sync_debug_mode("default")
+    assert trainer.step == 3
 
 
 # -- refusals --
@@ -434,8 +519,11 @@ def test_the_script_under_torchrun(tmp_path):
         (["--epochs", 0], "--epochs must be at least 1"),
         (["--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
         (["--warmup-epochs", 5], "--warmup-epochs 5 is longer than the run of 2 epochs"),
-        (["--lr", "nan"], "--lr must be at least"),
-        (["--lr", "-1"], "--lr must be at least"),
+        (["--lr", "nan"], "--lr must be greater than 0 and finite, not nan"),
+        (["--lr", "-1"], "--lr must be greater than 0"),
+        (["--base-lr", "inf"], "--base-lr must be greater than 0 and finite, not inf"),
+        (["--clip-grad", 0], "--clip-grad must be greater than 0"),
+        (["--seed", 10**30], "--seed must be at least 0 and finite"),
         (["--recipe", "slow"], "invalid choice: 'slow'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--data", "/no/such/folder"], "/no/such/folder: there is no such folder"),

@@ -33,7 +33,7 @@ def test_every_link_is_checked():
 
 
 def test_the_flags_named_exist():
-    named = set(re.findall(r"(--[a-z][a-z-]+)", README.split("## Which run")[1]))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     torchruns = {"--nproc-per-node", "--nnodes", "--max-restarts", "--help"}
     torchruns |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
     flags = {"--" + name.replace("_", "-") for name in train_pretrain.Args.__annotations__}
