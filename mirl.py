@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -1144,10 +1145,12 @@ class Trainer:
             model.compile()
         self.model = model
         if num_processes() > 1:
+            DDP = nn.parallel.DistributedDataParallel
+            # The buffers are constant tables. Newer versions of torch renamed the flag for that.
+            names = ("forward_sync_buffers", "broadcast_buffers")
+            name = next(n for n in names if n in inspect.signature(DDP).parameters)
             ids = [device] if device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(
-                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.model = DDP(model, ids, gradient_as_bucket_view=True, **{name: False})
 
     # -- the loop --
 
@@ -1595,7 +1598,8 @@ def check_range(args, **lowest: float) -> None:
         value = getattr(args, name)
         if value is not None and not (low <= value < 2**63):
             bound = f"at least {low}" if low in (0, 1) else "greater than 0"
-            raise UserError(f"--{name.replace('_', '-')} must be {bound} and finite, not {value}")
+            bound += "" if -math.inf < value < 2**63 else " and finite"
+            raise UserError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
 
 
 def say(text: str) -> None:
