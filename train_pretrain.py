@@ -40,7 +40,7 @@ RECIPES = {
         epochs=8,
         warmup_epochs=1,
         batch_size=64,
-        base_lr=4e-3,
+        base_lr=8e-3,
         picture_every=4,
     ),
     "cifar10": dict(

@@ -142,7 +142,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys, method):
     assert epochs[0]["loss"] == pytest.approx((steps[0]["loss"] + steps[1]["loss"]) / 2)
     names = {"lr", "grad_norm", "images_per_second", "peak_memory_gib", "loss", "loss_1"}
     assert names <= set(steps[0])
-    assert steps[3]["lr"] == pytest.approx(4e-3 * 8 / 256 * mirl.lr_factor(7, 8, 4))
+    assert steps[3]["lr"] == pytest.approx(8e-3 * 8 / 256 * mirl.lr_factor(7, 8, 4))
     saved = json.loads((out / "config.json").read_text())
     assert saved["device_batch_size"] == 8 and saved["dtype"] == "float32"
     assert saved["model_config"]["segments"] == (2 if method == "mirl" else 1)
