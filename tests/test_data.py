@@ -55,13 +55,13 @@ def test_a_small_cnn_learns_the_shapes():
         return nn.Sequential(*layers)
 
     torch.manual_seed(0)
-    body = conv(3, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2)
+    body = conv(3, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2), conv(128, 128)
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 16)
     net = nn.Sequential(*body, *head)
     train, val = mirl.make_shapes(4000, 0), mirl.make_shapes(1000, 1)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=8 * 62)
-    for _ in range(8):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=9 * 62)
+    for _ in range(9):
         for batch in torch.randperm(4000)[: 62 * 64].view(62, 64):
             x = mirl.normalise_images(train.images[batch])
             F.cross_entropy(net(x), train.labels[batch]).backward()
