@@ -820,13 +820,10 @@ def load_data(name: str, data_dir: str, split: str) -> ImageTensor | list[str]:
     root = Path(name)
     if (root / "train").is_dir() and (root / "val").is_dir():
         return list_images(root / split)
-    if (root / "train").is_dir():
-        root = root / "train"
-    files = list_images(root)
-    held_out = set(range(0, len(files), 50))
+    files = list_images(root / "train" if (root / "train").is_dir() else root)
     if len(files) == 1:
         return files
-    return [f for i, f in enumerate(files) if (i in held_out) == (split == "val")]
+    return [f for i, f in enumerate(files) if (i % 50 == 0) == (split == "val")]
 
 
 def cubic_weights(start: Tensor, extent: Tensor, n_in: int, n_out: int) -> Tensor:
