@@ -628,6 +628,7 @@ def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+@torch.no_grad()
 def panels(images: Tensor, out: MIRLOutput, patch_size: int, pair: int = 1) -> Tensor:
     """Pixel-space pictures of a result, (B, 5, C, H, W) in [0, 1]  [S C, Figure 1].
 
@@ -1118,7 +1119,13 @@ class Trainer:
             self.optimizer, lambda step: lr_factor(step, self.total_steps, warmup, args.schedule)
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.start_epoch = self._resume() if args.resume else 0
+        try:
+            self.start_epoch = self._resume() if args.resume else 0
+        except (KeyError, TypeError, RuntimeError):
+            raise UserError(
+                f"--resume: {self.checkpoint} is damaged or no checkpoint of this script: remove "
+                "it to start anew, or choose another --out"
+            ) from None
         self.epoch, self.step = self.start_epoch, self.start_epoch * steps
         self.micro = 0  # micro-batches since the last optimiser step
         self.sums: Tensor | None = None  # their losses
@@ -1305,8 +1312,10 @@ class Trainer:
         metrics, config = self.out / "metrics.jsonl", self.out / "config.json"
         self.out.mkdir(parents=True, exist_ok=True)
         lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if lines and not lines[-1].endswith("}"):
+            lines.pop()  # torn when the run was killed
         done = self.step  # what came after the checkpoint will come again
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        kept = [line for line in lines if json.loads(line)["step"] <= done]
         write_text(metrics, "".join(line + "\n" for line in kept))
         write_text(config, json.dumps(self.resolved, indent=2) + "\n")
         if self.args.tensorboard:
@@ -1646,7 +1655,7 @@ def last_checkpoint(out: str | Path) -> str:
     path = Path(out) / "checkpoint.pt"
     if path.exists():
         return f"{path} holds the last complete epoch, and --resume continues it"
-    return "no epoch was complete, so there is no checkpoint"
+    return "no epoch was complete, so there is no checkpoint, and --resume starts anew"
 
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:

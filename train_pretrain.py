@@ -138,6 +138,9 @@ def parse(argv: list[str] | None = None) -> Args:
         raise UserError(
             f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} epochs"
         )
+    for name in ("data", "data_dir", "model", "out"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty")
     args.lr = args.lr or args.base_lr * args.batch_size / 256
     args.out = args.out or f"runs/{args.method}-{args.recipe}"
     return args

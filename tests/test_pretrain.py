@@ -351,6 +351,10 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     assert pretrain("--out", out, "--resume") == 2
     assert "is not a checkpoint that can be read safely" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    for wrong in ({}, [1]):
+        torch.save(wrong, out / "checkpoint.pt")
+        assert pretrain("--out", out, "--resume") == 2
+        assert "is damaged or no checkpoint of this script" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -528,6 +532,7 @@ def test_steps_do_not_wait_for_the_gpu(tmp_path):
         (["--clip-grad", 0], "--clip-grad must be greater than 0"),
         (["--seed", 10**30], "--seed must be at least 0 and finite"),
         (["--recipe", "slow"], "invalid choice: 'slow'"),
+        (["--data", ""], "--data is empty"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--data", "/no/such/folder"], "/no/such/folder: there is no such folder"),
         (["--device", "cuda:99"], "needs CUDA device 99 and there are"),
