@@ -1119,13 +1119,17 @@ class Trainer:
             self.optimizer, lambda step: lr_factor(step, self.total_steps, warmup, args.schedule)
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        try:
-            self.start_epoch = self._resume() if args.resume else 0
-        except (KeyError, TypeError, RuntimeError):
-            raise UserError(
-                f"--resume: {self.checkpoint} is damaged or no checkpoint of this script: remove "
-                "it to start anew, or choose another --out"
-            ) from None
+        self.start_epoch = 0
+        if args.resume:
+            try:
+                self.start_epoch = self._resume()
+            except (KeyError, TypeError, RuntimeError):
+                raise UserError(
+                    f"--resume: {self.checkpoint} is damaged or no checkpoint of this script: move "
+                    "it away to start anew, or choose another --out"
+                ) from None
+            if len(set(gather(self.start_epoch))) > 1:
+                raise UserError(f"--out {self.out} must be a folder that all nodes share")
         self.epoch, self.step = self.start_epoch, self.start_epoch * steps
         self.micro = 0  # micro-batches since the last optimiser step
         self.sums: Tensor | None = None  # their losses
@@ -1348,11 +1352,6 @@ class Trainer:
                     f"{saved['step'] // epoch} steps an epoch, now {self.steps}"
                 )
             say(f"resuming {self.checkpoint} after epoch {epoch} of {self.args.epochs}")
-        if num_processes() > 1:
-            epochs = torch.tensor([epoch, -epoch], device=self.device)
-            dist.all_reduce(epochs, dist.ReduceOp.MAX)
-            if epochs[0] != -epochs[1]:
-                raise UserError(f"--out {self.out} must be a folder that all nodes share")
         return epoch
 
 
