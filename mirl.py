@@ -48,10 +48,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 
@@ -617,6 +619,8 @@ def reconstruction_loss(
     return (error.square().mean(dim=-1) * mask).sum() / mask.sum()
 
 
+BICUBIC = InterpolationMode.BICUBIC
+SMALL = 64  # images up to this side are used whole
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -679,13 +683,20 @@ class ImageTensor(NamedTuple):
     classes: list[str]
 
 
+class ImageFiles(NamedTuple):
+    """A data set of files; `classes` is empty, and every label −1, where they have no labels."""
+
+    images: list[str]
+    labels: Tensor  # int64 (n,)
+    classes: list[str]
+
+
 def make_shapes(count: int, seed: int) -> ImageTensor:
     """The embedded data set: `count` generated 32 × 32 colour images of 16 classes.
 
-    A class is one of four shapes filled with one of four textures, on a two-colour slope; place,
-    size, angles, texture period (5 to 7 pixels) and colours vary. The shape is what a main
-    component can show, the texture what is left to the residual. The same seed gives the same
-    images.
+    A class is one of four shapes filled with one of four textures, from a light colour to a dark
+    one, on such a slope; place, size, angle and colours vary. The shape is what a main component
+    can show, the texture what is left to the residual. The same seed gives the same images.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = [_draw_shapes(min(1000, count - i), generator) for i in range(0, count, 1000)]
@@ -713,9 +724,8 @@ def _draw_shapes(n: int, generator: torch.Generator, size: int = 32) -> tuple[Te
     chosen = torch.arange(n)
 
     # distance to each shape's outline in pixels, negative inside, in the order of SHAPES
-    x, y = uniform(-4, 4), uniform(-4, 4)
-    a, b = turned(uniform(0, 2 * math.pi), x, y)
-    r = uniform(9, 13)[:, None, None]
+    a, b = turned(uniform(-0.15, 0.15), uniform(-2, 2), uniform(-2, 2))
+    r = uniform(12, 14)[:, None, None]
     thirds = [2 * math.pi * i / 3 for i in range(3)]
     sides = [a * math.sin(t) + b * math.cos(t) - 0.6 * r for t in thirds]
     cross = torch.minimum(box(1.1 * r, 0.36 * r), box(0.36 * r, 1.1 * r))
@@ -724,17 +734,19 @@ def _draw_shapes(n: int, generator: torch.Generator, size: int = 32) -> tuple[Te
     outline = torch.stack(outlines, dim=1)[chosen, shape]
     inside = (0.5 - outline).clamp(0, 1)[:, None]  # antialiased
 
-    # each texture as a wave between its two colours, in the order of TEXTURES
-    p, q = turned(uniform(0, 2 * math.pi), x + uniform(-3, 3), y + uniform(-3, 3))
-    k = 2 * math.pi / uniform(5, 7)[:, None, None]
-    checks, dots = 1.5 * (k * p).sin() * (k * q).sin(), (k * p).cos() + (k * q).cos() - 0.7
-    rings = (k * (p.square() + q.square()).sqrt()).cos()
-    wave = torch.stack([(k * p).sin(), checks, dots, rings], dim=1)[chosen, texture]
+    # each texture as a wave of 8 pixels between its two colours, in the order of TEXTURES
+    k = 2 * math.pi / 8
+    checks, dots = 1.5 * (k * a).sin() * (k * b).sin(), (k * a).cos() + (k * b).cos() - 0.7
+    rings = (k * (a.square() + b.square()).sqrt()).cos()
+    wave = torch.stack([(k * a).sin(), checks, dots, rings], dim=1)[chosen, texture]
     wave = 0.5 + 0.5 * (3 * wave).tanh()[:, None]
 
-    def two_colours() -> tuple[Tensor, Tensor]:  # far apart in every channel, so nothing is flat
-        first = uniform(0, 1, 3, 1, 1)
-        return first, (first + uniform(0.35, 0.65, 3, 1, 1)) % 1
+    def two_colours() -> tuple[Tensor, Tensor]:  # one dark, one light, or the other way round
+        dark = uniform(0, 0.4, 1, 1, 1)
+        light = dark + uniform(0.35, 0.65, 1, 1, 1)
+        swap = uniform(0, 1, 1, 1, 1) < 0.5
+        tones = torch.where(swap, light, dark), torch.where(swap, dark, light)
+        return tuple((tone + uniform(-0.1, 0.1, 3, 1, 1)).clamp(0, 1) for tone in tones)
 
     slope, _ = turned(uniform(0, 2 * math.pi), torch.zeros(n), torch.zeros(n))
     background = torch.lerp(*two_colours(), 0.5 + slope[:, None] / (size * math.sqrt(2)))
@@ -759,50 +771,75 @@ def list_images(root: Path) -> list[str]:
     return sorted(files)
 
 
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files as uint8 tensors (3, H, W), each transformed at random in its own way.
+def select(data, indices: Tensor):
+    """The images of a data set with these indices, int64 (m,)."""
+    images = data.images
+    if isinstance(data, ImageTensor):
+        images = images[indices]
+    else:
+        images = [images[i] for i in indices.tolist()]
+    return data._replace(images=images, labels=data.labels[indices])
 
-    Indexed with (epoch, i): the same pair gives the same picture, whichever process makes it.
-    Returns (image, bad): where file i cannot be read, the next one that can stands in for it, and
-    bad is i (else −1), so that every batch keeps its size and nothing fails unseen.
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Single images, each transformed at random in its own way: what worker processes run.
+
+    data: ImageTensor or ImageFiles. transform: takes a PIL image. Indexed with (epoch, i): the same
+    pair gives the same picture, whichever process makes it. Returns (image, label, bad): where file
+    i cannot be read, the next one that can stands in for it and bad is i (else −1), so that every
+    batch keeps its size and nothing fails unseen; without `labelled` stand-ins, their label is −1.
     Raises UserError where no file can be read.
     """
 
-    def __init__(self, files: list[str], transform: Callable, seed: int = 0):
-        self.files, self.transform, self.seed = files, transform, seed
-        if all(self.read(i) is None for i in range(len(files))):  # stops at the first good one
-            raise UserError(f"none of the {len(files)} images like {files[0]} can be read")
+    def __init__(self, data, transform: Callable, seed: int = 0, labelled: bool = True):
+        self.data, self.transform, self.seed, self.labelled = data, transform, seed, labelled
+        if all(self.read(i) is None for i in range(len(self))):  # stops at the first good one
+            raise UserError(f"none of the {len(self)} images like {data.images[0]} can be read")
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.data.images)
 
     def read(self, i: int):
+        if isinstance(self.data, ImageTensor):
+            return TF.to_pil_image(self.data.images[i])
         try:
-            with Image.open(self.files[i]) as image:
+            with Image.open(self.data.images[i]) as image:
                 return image.convert("RGB")
         except Exception:  # PIL raises nearly anything on a broken file
             return None
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         epoch, i = key
-        for good in range(i, i + min(len(self.files), 1000)):
-            image = self.read(good % len(self.files))
+        n = len(self)
+        for good in (j % n for j in range(i, i + min(n, 1000))):
+            image = self.read(good)
             if image is not None:
                 break
         else:
-            raise UserError(f"{self.files[i]} and all images after it can no longer be read")
+            raise UserError(f"{self.data.images[i]} and what follows it can no longer be read")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of("file", self.seed, epoch, i))
-            return self.transform(image), i if good != i else -1
+            label = int(self.data.labels[good]) if good == i or self.labelled else -1
+            return self.transform(image), label, i if good != i else -1
 
 
-def load_data(name: str, data_dir: str, split: str) -> ImageTensor | list[str]:
+def data_digest(data: ImageTensor | ImageFiles) -> str:
+    """The same for the same images, wherever they lie: of pixels and labels, or of file names."""
+    if isinstance(data, ImageTensor):
+        return hashlib.sha256(
+            data.images.numpy().tobytes() + data.labels.numpy().tobytes()
+        ).hexdigest()
+    names = (f"{Path(path).parent.name}/{Path(path).name}" for path in data.images)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def load_data(name: str, data_dir: str, split: str) -> ImageTensor | ImageFiles:
     """A data set by the name given to --data; split: "train" or "val".
 
     `shapes`, `cifar10` and `cifar100` come as an ImageTensor, the last two downloaded into
-    `data_dir` at first use; anything else is a folder and comes as a list of image files: of its
-    subfolder train or val where it has both, else of all of it, every fiftieth image being the
-    validation split. Raises UserError for what cannot be had.
+    `data_dir` at first use; anything else is a folder and comes as ImageFiles: labelled by the
+    subfolders of train/ and val/ where it has both, else all of it without labels, every fiftieth
+    image being the validation split. Raises UserError for what cannot be had.
     """
     if name == "shapes":
         return make_shapes(10_000, seed=0) if split == "train" else make_shapes(2_000, seed=1)
@@ -820,11 +857,17 @@ def load_data(name: str, data_dir: str, split: str) -> ImageTensor | list[str]:
         return ImageTensor(images, torch.tensor(data.targets), list(data.classes))
     root = Path(name)
     if (root / "train").is_dir() and (root / "val").is_dir():
-        return list_images(root / split)
+        files = list_images(root / split)
+        # train/<class>/…: an image right in train/ has no label, and is left to pre-training
+        parts = [Path(file).relative_to(root / split).parts for file in files]
+        classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+        index = {c: i for i, c in enumerate(classes)}
+        labels = torch.tensor([index.get(p[0], -1) if len(p) > 1 else -1 for p in parts])
+        return ImageFiles(files, labels, classes)
     files = list_images(root / "train" if (root / "train").is_dir() else root)
-    if len(files) == 1:
-        return files
-    return [f for i, f in enumerate(files) if (i % 50 == 0) == (split == "val")]
+    if len(files) > 1:
+        files = [f for i, f in enumerate(files) if (i % 50 == 0) == (split == "val")]
+    return ImageFiles(files, torch.full((len(files),), -1), [])
 
 
 def cubic_weights(start: Tensor, extent: Tensor, n_in: int, n_out: int) -> Tensor:
@@ -891,12 +934,17 @@ class Shares:
     """Which images this rank sees: a batch sampler of keys (epoch, i), a micro-batch at a time.
 
     Every epoch is shuffled anew, from (seed, epoch) alone; ranks never overlap; what does not fill
-    an effective batch is left out. Set `epoch` before iterating.
+    an effective batch is left out. Set `epoch` before iterating. Raises UserError where the images
+    do not fill one effective batch.
     """
 
     def __init__(self, n: int, split: "Split", seed: int):
         self.n, self.split, self.seed, self.epoch = n, split, seed, 0
         self.steps = n // split.batch_size  # optimiser steps an epoch
+        if not self.steps:
+            raise UserError(
+                f"--batch-size {split.batch_size} is larger than the {n} training images"
+            )
 
     def __len__(self) -> int:
         return self.steps * self.split.accumulation
@@ -919,38 +967,24 @@ class PretrainLoader:
     Random resized crop (area 0.2 to 1, bicubic) and horizontal flip [R]. An ImageTensor is kept on
     the device as uint8 and augmented a batch at a time, with random numbers from torch's global
     generator; files go through worker processes, with random numbers from (seed, epoch, file).
-    Raises UserError where the images do not fill one effective batch.
     """
 
     crop_scale = (0.2, 1.0)
 
     def __init__(self, data, size: tuple[int, int], split: "Split", seed: int, device, workers=0):
-        self.shares = Shares(len(data[0] if isinstance(data, ImageTensor) else data), split, seed)
-        if not self.shares.steps:
-            raise UserError(
-                f"--batch-size {split.batch_size} is larger than the {self.shares.n} training "
-                "images"
-            )
+        self.shares = Shares(len(data.images), split, seed)
         self.data, self.size, self.device = data, size, device
-        self.corrupt: set[str] = set()  # files that could not be read
         if isinstance(data, ImageTensor):
             self.images = data.images.to(device)
         else:
-            self.loader = self._file_loader(seed, workers)
+            crop = v2.RandomResizedCrop(size, self.crop_scale, interpolation=BICUBIC)
+            transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+            self.files = WorkerLoader(data, transform, self.shares, seed, device, workers)
 
-    def _file_loader(self, seed: int, workers: int):
-        bicubic = InterpolationMode.BICUBIC
-        crop = v2.RandomResizedCrop(self.size, self.crop_scale, interpolation=bicubic)
-        transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
-        return torch.utils.data.DataLoader(
-            ImageFiles(self.data, transform, seed),
-            batch_sampler=self.shares,
-            num_workers=workers,
-            worker_init_fn=leave_signals_alone,
-            generator=torch.Generator(),  # else it draws from the one that masks come from
-            pin_memory=self.device.type == "cuda",
-            **(dict(persistent_workers=True, prefetch_factor=4) if workers else {}),
-        )
+    @property
+    def corrupt(self) -> set[str]:
+        """The files that could not be read."""
+        return set() if isinstance(self.data, ImageTensor) else self.files.corrupt
 
     def epoch(self, epoch: int) -> Iterator[Tensor]:
         """The micro-batches of an epoch: float32 (device batch, 3, H, W), normalised."""
@@ -962,10 +996,37 @@ class PretrainLoader:
                 flip = torch.rand(n, device=self.device) < 0.5
                 yield normalise_images(crop_resize(self.images[indices], boxes, self.size, flip))
             return
+        for images, _ in self.files.epoch(epoch):
+            yield normalise_images(images)
+
+
+class WorkerLoader:
+    """Images and labels through worker processes that live over the epochs, onto the device.
+
+    shares: a batch sampler of keys (epoch, i) with an `epoch` to be set: `Shares` for training, or
+    `InOrder`, where the label of what cannot be read is −1.
+    """
+
+    def __init__(self, data, transform: Callable, shares, seed: int, device, workers: int):
+        self.data, self.shares, self.device = data, shares, device
+        self.corrupt: set[str] = set()  # files that could not be read
+        self.loader = torch.utils.data.DataLoader(
+            ImageDataset(data, transform, seed, labelled=isinstance(shares, Shares)),
+            batch_sampler=shares,
+            num_workers=workers,
+            worker_init_fn=leave_signals_alone,
+            generator=torch.Generator(),  # else it draws from the one that masks come from
+            pin_memory=device.type == "cuda",
+            **(dict(persistent_workers=True, prefetch_factor=4) if workers else {}),
+        )
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (b, 3, H, W), of the transform's type, and labels, int64 (b,)."""
+        self.shares.epoch = epoch
         corrupt = set()
-        for images, bad in self.loader:
-            corrupt |= {self.data[i] for i in bad[bad >= 0].tolist()}
-            yield normalise_images(images.to(self.device, non_blocking=True))
+        for images, labels, bad in self.loader:
+            corrupt |= {self.data.images[i] for i in bad[bad >= 0].tolist()}
+            yield tuple(x.to(self.device, non_blocking=True) for x in (images, labels))
         for path in sorted(set().union(*gather(corrupt)) - self.corrupt):
             self.corrupt.add(path)
             say(f"warning: {path} cannot be read and is skipped")
@@ -977,22 +1038,115 @@ def leave_signals_alone(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
-    """`count` images spread evenly over a data set, whole or centre-cropped, without randomness.
+def either_way(strength: float) -> float:
+    return strength if torch.rand(()) < 0.5 else -strength
 
-    data: an ImageTensor or a list of files. Returns float32 (count, 3, *size), normalised.
+
+def _move(image, angle=0.0, right=0.0, down=0.0, shear_x=0.0, shear_y=0.0):
+    """Turn (degrees), shift (shares of the sides) or shear (tangents); the corners become grey."""
+    shift = [int(right * image.width), int(down * image.height)]
+    shear = [math.degrees(math.atan(t)) for t in (shear_x, shear_y)]
+    grey = [round(255 * m) for m in IMAGENET_MEAN]
+    return TF.affine(image, angle, shift, 1.0, shear, BICUBIC, grey)
+
+
+def _solarize_add(image, strength: float):
+    """Dark pixels get lighter, by 110 of 255 at the most."""
+    added = int(110 * strength)
+    return image.point([min(255, i + added) if i < 128 else i for i in range(256)] * 3)
+
+
+# What each operation of RandAug does to PIL image x at strength s in [0, 1]: more is stronger. [R]
+AUGMENTATIONS: dict[str, Callable] = {
+    "autocontrast": lambda x, s: TF.autocontrast(x),
+    "equalize": lambda x, s: TF.equalize(x),
+    "invert": lambda x, s: TF.invert(x),
+    "rotate": lambda x, s: _move(x, angle=30 * either_way(s)),
+    "posterize": lambda x, s: TF.posterize(x, 4 - int(4 * s)),
+    "solarize": lambda x, s: TF.solarize(x, 256 - int(256 * s)),
+    "solarize_add": _solarize_add,
+    "color": lambda x, s: TF.adjust_saturation(x, 1 + 0.9 * either_way(s)),
+    "contrast": lambda x, s: TF.adjust_contrast(x, 1 + 0.9 * either_way(s)),
+    "brightness": lambda x, s: TF.adjust_brightness(x, 1 + 0.9 * either_way(s)),
+    "sharpness": lambda x, s: TF.adjust_sharpness(x, 1 + 0.9 * either_way(s)),
+    "shear_x": lambda x, s: _move(x, shear_x=0.3 * either_way(s)),
+    "shear_y": lambda x, s: _move(x, shear_y=0.3 * either_way(s)),
+    "translate_x": lambda x, s: _move(x, right=0.45 * either_way(s)),
+    "translate_y": lambda x, s: _move(x, down=0.45 * either_way(s)),
+}
+
+
+class RandAugment(nn.Module):
+    """RandAug (magnitude, 0.5) as the paper's recipe means it. [S A.1, Table 2]
+
+    Two operations an image, each applied with probability 1/2, at a magnitude drawn from
+    N(magnitude, 0.5) on a scale of 0 to 10. It is not torchvision's RandAugment(2, 9), where 9 is
+    one of 31 bins, about 30 %, and both operations always apply. Takes and returns a PIL image of
+    mode RGB; random numbers come from torch's global generator.
     """
-    if isinstance(data, ImageTensor):
-        n, _, height, width = data.images.shape
-        images = data.images[torch.linspace(0, n - 1, min(count, n)).long()]
-        boxes = torch.tensor([[0.0, 0.0, height, width]]).expand(len(images), 4)
-        keep = torch.zeros(len(images), dtype=torch.bool)
-        return normalise_images(crop_resize(images, boxes, size, keep))
-    shorter = v2.Resize(max(size), interpolation=InterpolationMode.BICUBIC)
-    transform = v2.Compose([shorter, v2.CenterCrop(size), v2.PILToTensor()])
-    folder = ImageFiles(data, transform)
-    picks = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()
-    return normalise_images(torch.stack([folder[0, i][0] for i in picks]))
+
+    def __init__(self, magnitude: float = 9.0, deviation: float = 0.5, operations: int = 2):
+        super().__init__()
+        self.magnitude, self.deviation, self.operations = magnitude, deviation, operations
+
+    def strength(self) -> float:
+        """A draw of the magnitude, as a share of 10."""
+        drawn = self.magnitude + self.deviation * torch.randn(()).item()
+        return min(max(drawn / 10, 0.0), 1.0)
+
+    def forward(self, image):
+        for _ in range(self.operations):
+            name = list(AUGMENTATIONS)[torch.randint(len(AUGMENTATIONS), ()).item()]
+            if torch.rand(()) < 0.5:
+                image = AUGMENTATIONS[name](image, self.strength())
+        return image
+
+
+def finetune_transform(size: tuple[int, int], randaug: float, erasing: float) -> Callable:
+    """[S A.1, Table 2]: crop, flip, RandAug of this magnitude (0: none); float32 (3, *size),
+    normalised; and random erasing by pixel noise with probability `erasing` [R].
+
+    The crop is random and resized (area 0.08 to 1); images up to 64 pixels are padded by an eighth
+    and cropped.
+    """
+    crop = [v2.RandomResizedCrop(size, interpolation=BICUBIC, antialias=True)]
+    if min(size) <= SMALL:
+        resize = v2.Resize(size, interpolation=BICUBIC, antialias=True)
+        crop = [resize, v2.RandomCrop(size, padding=[size[1] // 8, size[0] // 8])]
+    steps = [*crop, v2.RandomHorizontalFlip(), *([RandAugment(randaug)] if randaug else [])]
+    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    steps += [v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.RandomErasing(erasing, value="random")]
+    return v2.Compose(steps)
+
+
+class InOrder:
+    """This rank's share of n images, each exactly once over all ranks: a batch sampler."""
+
+    def __init__(self, n: int, batch_size: int):
+        self.n, self.batch_size, self.epoch = n, batch_size, 0
+
+    def __len__(self) -> int:
+        return -(-len(range(process_rank(), self.n, num_processes())) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        mine = range(process_rank(), self.n, num_processes())
+        for i in range(0, len(mine), self.batch_size):
+            yield [(0, k) for k in mine[i : i + self.batch_size]]
+
+
+def evaluation_transform(size: tuple[int, int]) -> Callable:
+    """[R]: the short side to 256/224 of the wanted one, and a central crop; small images whole."""
+    share = 256 / 224 if min(size) > SMALL else 1
+    shorter = v2.Resize(round(max(size) * share), interpolation=BICUBIC, antialias=True)
+    return v2.Compose([shorter, v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
+    """`count` images spread evenly over a data set, without randomness: float32 (count, 3, *size),
+    normalised."""
+    images = ImageDataset(data, evaluation_transform(size))
+    picks = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
+    return normalise_images(torch.stack([images[0, i][0] for i in picks]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1040,17 +1194,46 @@ def split_batch(batch_size: int, device_batch_size: int | None, limit: int) -> S
     return Split(batch_size, size, share // size)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: no decay on biases, norms, and the class and mask tokens. [S A.1]"""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+def layer_of(name: str, depth: int) -> int:
+    """The layer that layer-wise lr decay counts a parameter to: 0 for the class token, positions
+    and patch embedding, k + 1 for block k, depth + 1 for the rest. [S A.1]"""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
-    def decays(name: str, p: Tensor) -> bool:
-        return p.ndim > 1 and not name.endswith(("cls_token", "mask_token"))
 
-    return [
-        dict(params=[p for n, p in trained if decays(n, p)], weight_decay=weight_decay),
-        dict(params=[p for n, p in trained if not decays(n, p)], weight_decay=0.0),
-    ]
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """AdamW's groups: no weight decay on biases, norms, and the class and mask tokens; in layer l
+    of a ViT a learning rate of lr · layer_decay^(depth + 1 − l). [S A.1]"""
+    depth = model.config.depth
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.ndim > 1 and not name.endswith(("cls_token", "mask_token"))
+            exponent = 0 if layer_decay == 1 else depth + 1 - layer_of(name, depth)
+            key = (lr * layer_decay**exponent, weight_decay if decays else 0.0)
+            groups.setdefault(key, []).append(p)
+    return [dict(params=ps, lr=lr, weight_decay=wd) for (lr, wd), ps in groups.items()]
+
+
+def ema_model(model: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of a model's parameters: call its `update_parameters(model)` every step.
+
+    After t updates the decay is min(decay, (1 + t)/(10 + t)), which forgets the start. [R]
+    """
+
+    def update(averages: list[Tensor], parameters: list[Tensor], updates: Tensor) -> None:
+        # torch copies at its first update, so `updates` starts at 1 to make it an update too
+        keep = ((updates + 0.0) / (updates + 9.0)).clamp(max=decay)  # on the device: no waiting
+        steps = torch._foreach_sub(parameters, averages)
+        torch._foreach_mul_(steps, 1 - keep)
+        torch._foreach_add_(averages, steps)
+
+    average = AveragedModel(model, multi_avg_fn=torch.no_grad()(update))
+    average.n_averaged.fill_(1)
+    return average
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine") -> float:
@@ -1067,9 +1250,10 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine"
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-# Flags that a resumed run must not change: the steps done would not be those of the same run.
-RESUME_KEEPS = ["epochs", "warmup_epochs", "batch_size", "lr", "schedule", "weight_decay"]
-RESUME_KEEPS += ["clip_grad", "seed"]
+# Flags that a resumed run may change; with any other, the steps done would not be those of the run.
+RESUME_MAY_CHANGE = ["resume", "out", "recipe", "data", "data_dir", "from_", "device", "dtype"]
+RESUME_MAY_CHANGE += ["device_batch_size", "compile", "workers", "log_every", "tensorboard"]
+RESUME_MAY_CHANGE += ["picture_every", "picture_pair"]
 CURE = "try a lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
 
 
@@ -1084,9 +1268,11 @@ class Trainer:
             trainer.end_epoch(epoch)
 
     model: on its device, not yet wrapped; `trainer.model` is it after --compile and DDP.
-    args: the script's flags. steps: optimiser steps an epoch. Raises UserError where --resume
-    finds a run of another model or other flags, and for what the machine lacks; nothing is written
-    before all of that is known.
+    args: the script's flags. data: the training images, of which `shares` gives this rank its own.
+    average: an `ema_model`, updated after every step. `history` holds the epochs' records, the file
+    `checkpoint` all that goes from one epoch to the next. Raises UserError where --resume finds a
+    run of another model, other flags or other data, and for what the machine lacks; nothing is
+    written before all of that is known.
 
     The loop never waits for the device but once every `--log-every` steps, when the losses of the
     steps since are read together.
@@ -1098,12 +1284,16 @@ class Trainer:
         args,
         groups: list[dict[str, Any]],
         betas: tuple[float, float],
-        split: Split,
-        steps: int,
+        shares: Shares,
+        data: ImageTensor | ImageFiles,
         device: torch.device,
+        average: AveragedModel | None = None,
     ):
+        split, steps = shares.split, shares.steps
         self.args, self.split, self.steps, self.device = args, split, steps, device
-        self.bare = model
+        self.data = dict(classes=data.classes, images=len(data.images), digest=data_digest(data))
+        self.history: list[dict[str, Any]] = []
+        self.bare, self.average = model, average
         self.out = Path(args.out)
         self.checkpoint = self.out / "checkpoint.pt"
         self.total_steps = args.epochs * steps
@@ -1160,6 +1350,18 @@ class Trainer:
             ids = [device] if device.type == "cuda" else None
             self.model = DDP(model, ids, gradient_as_bucket_view=True, **{name: False})
 
+    def announce(self, what: str) -> None:
+        """Say what is trained, on what, and how the batch is made up."""
+        millions = sum(p.numel() for p in self.bare.parameters() if p.requires_grad) / 1e6
+        split = self.split
+        say(json.dumps(self.resolved))
+        say(f"{what}, {millions:.2f}M parameters, on {self.device}")
+        say(
+            f"{self.data['images']} images, {self.steps} steps an epoch, lr {self.args.lr:.3g}; "
+            f"effective batch {split.batch_size} = {num_processes()} process(es) x "
+            f"{split.device_batch_size} images x {split.accumulation} accumulated"
+        )
+
     # -- the loop --
 
     def epochs(self) -> Iterator[int]:
@@ -1209,11 +1411,13 @@ class Trainer:
             norm = nn.utils.get_total_norm([p.grad for p in parameters])
             if self.args.clip_grad:
                 nn.utils.clip_grads_with_norm_(parameters, self.args.clip_grad, norm)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = max(self.scheduler.get_last_lr())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.bare)
         self.step += 1
         self.bar.update()
         self.window.append(self.sums)
@@ -1273,6 +1477,7 @@ class Trainer:
         speed = round(self.steps * self.split.batch_size / seconds, 1)
         last = self.record | dict(zip(self.names, mean, strict=True))
         last |= dict(kind="epoch", images_per_second=speed, seconds=round(seconds, 2))
+        self.history.append(last | record)
         self.write(last | record)
         if not all(bool(p.isfinite().all()) for p in self.bare.parameters()):
             raise TrainingError(
@@ -1291,6 +1496,9 @@ class Trainer:
                     optimizer=self.optimizer.state_dict(),
                     scheduler=self.scheduler.state_dict(),
                     scaler=self.scaler.state_dict(),
+                    average=self.average and self.average.state_dict(),
+                    data=self.data,
+                    history=self.history,
                 ),
             )
 
@@ -1335,8 +1543,9 @@ class Trainer:
             config = dataclasses.asdict(self.bare.config)
             if changed := differences(saved["config"], config):
                 raise UserError(f"--resume: {self.checkpoint} is of another model: {changed}")
-            args = dataclasses.asdict(self.args)
-            if changed := differences(saved["args"], {k: args[k] for k in RESUME_KEEPS}):
+            args = dataclasses.asdict(self.args).items()
+            kept = {k: v for k, v in args if k not in RESUME_MAY_CHANGE}
+            if changed := differences(saved["args"], kept):
                 raise UserError(
                     f"--resume continues a run as it began, and {self.checkpoint} says otherwise: "
                     f"{changed}; give the flags that it began with, or another --out"
@@ -1345,12 +1554,14 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])
             self.scaler.load_state_dict(saved["scaler"])
-            epoch = saved["epoch"]
-            if saved["step"] != epoch * self.steps:
+            if saved["data"] != self.data:
                 raise UserError(
-                    f"--resume: {self.checkpoint} was trained on a data set of another size: "
-                    f"{saved['step'] // epoch} steps an epoch, now {self.steps}"
+                    f"--resume: {self.checkpoint} was trained on {saved['data']['images']} other "
+                    f"images than the {self.data['images']} of --data {self.args.data}"
                 )
+            if self.average is not None:
+                self.average.load_state_dict(saved["average"])
+            epoch, self.history = saved["epoch"], saved["history"]
             say(f"resuming {self.checkpoint} after epoch {epoch} of {self.args.epochs}")
         return epoch
 
@@ -1523,12 +1734,99 @@ def replacing(path: Path):
 def load_file(path: str | Path) -> dict[str, Any]:
     """torch.load of tensors and plain values on the CPU. Raises UserError for anything else."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch raises many kinds for what is not its own
         reason = str(error).split("\n")[0][:200]
         raise UserError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(saved).__name__}")
+    return saved
+
+
+def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
+    """Fill a ViT from a file; returns the names of what the file does not hold, left as it was.
+
+    The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, or a state dict
+    with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it are left out.
+    The head, and the norm before it, are taken where they fit. Sin-cos positions of another grid
+    are made anew, learned ones resized. truncated: the file may have fewer blocks than the ViT
+    [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
+    """
+    saved = load_file(path)
+    state = next((saved[k] for k in ("model", "state_dict") if k in saved), saved)
+    weights = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    if "encoder.cls_token" in weights:  # MIRL's own decoders and segments stay behind
+        weights = {k[8:]: v for k, v in weights.items() if k.startswith("encoder.")}
+    weights = {k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))}
+    own = vit.state_dict()
+    if not weights.keys() & own.keys():
+        raise UserError(f"--from {path} holds no weights of a ViT")
+
+    optional = ["norm.", "fc_norm.", "head."]  # as the classes and the pooling want them
+    if truncated:
+        blocks = {k.split(".")[1] for k in weights if k.startswith("blocks.")}
+        optional += [f"blocks.{k}." for k in range(len(blocks), vit.config.depth)]
+
+    def shapes_differ(name: str) -> bool:
+        return name in own and own[name].shape != weights[name].shape
+
+    ends = tuple(optional[:3])
+    unused = [k for k in weights if k.startswith(ends) and (k not in own or shapes_differ(k))]
+    weights = {k: v for k, v in weights.items() if k not in unused}
+    config, positions = saved.get("config"), weights.get("pos_embed")
+    if positions is not None and positions.shape[2:] == own["pos_embed"].shape[2:]:
+        grid = Config(**config).grid if config else None
+        weights["pos_embed"] = fit_positions(positions, grid, vit.config)
+    missing = [k for k in own if k not in weights]
+    problems = {
+        "missing": [k for k in missing if not k.startswith(tuple(optional))],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [
+            f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}"
+            for k in filter(shapes_differ, weights)
+        ],
+    }
+    if any(problems.values()):
+        found = (f"{len(v)} {k}: {in_short(v)}" for k, v in problems.items() if v)
+        raise UserError(f"--from {path} does not fit the model: {'; '.join(found)}")
+    vit.load_state_dict(own | weights)
+    report = f"{len(weights)} of {len(own)} tensors from {path}"
+    report += f"; at random: {in_short(missing)}" if missing else ""
+    say(report + (f"; unused: {in_short(unused)}" if unused else ""))
+    return missing
+
+
+def in_short(names: list[str]) -> str:
+    """Names of tensors, at most eight, those of a block as one."""
+    parts = [n.split(".") for n in names]
+    short = [
+        f"block {p[1]}" if p[0] == "blocks" and " " not in n else n for p, n in zip(parts, names)
+    ]
+    short = list(dict.fromkeys(short))
+    return ", ".join(short[:8]) + (", …" if len(short) > 8 else "")
+
+
+def fit_positions(table: Tensor, grid: tuple[int, int] | None, config: Config) -> Tensor:
+    """A position table (1, 1+n, D) of `grid`, None for a square one, for the grid of `config`.
+
+    The sin-cos table is made anew, a learned one resized (bicubic). Raises UserError where n is no
+    square.
+    """
+    n = table.shape[1] - 1
+    if grid is None:
+        grid = config.grid if n == config.num_patches else (math.isqrt(n), math.isqrt(n))
+    if grid == config.grid:
+        return table
+    if math.prod(grid) != n:
+        raise UserError(f"--from holds {n} positions, which are no square grid to be resized")
+    if torch.allclose(table, sincos_positions(config.width, grid), atol=1e-4):
+        return sincos_positions(config.width, config.grid)
+    say(f"learned positions resized from {grid} to {config.grid} patches")
+    maps = rearrange(table[:, 1:].float(), "1 (h w) d -> 1 d h w", h=grid[0])
+    maps = F.interpolate(maps, size=config.grid, mode="bicubic", antialias=True)
+    return torch.cat([table[:, :1], rearrange(maps, "1 d h w -> 1 (h w) d")], dim=1)
 
 
 def check_out(out: str, resume: bool) -> None:
@@ -1575,19 +1873,17 @@ def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[s
         if f.default is not None and not by_recipe:
             shown = f"; default {f.default}"
         options = dict(help=(f.metadata["help"] + shown).replace("%", "%%"), default=None)
-        kind = next(
-            t
-            for t in (bool, int, float, str)
-            if t in (hints[f.name], *typing.get_args(hints[f.name]))
-        )
+        kinds = {hints[f.name], *typing.get_args(hints[f.name])}
+        kind = next(t for t in (bool, int, float, str, tuple[str, ...]) if t in kinds)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif kind == tuple[str, ...]:
+            options |= dict(nargs="+", metavar="FILE")
         else:
             choices = f.metadata["choices"]
-            options |= dict(
-                type=kind, choices=choices, metavar=None if choices else kind.__name__.upper()
-            )
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+            metavar = None if choices else kind.__name__.upper()
+            options |= dict(type=kind, choices=choices, metavar=metavar)
+        parser.add_argument("--" + f.name.strip("_").replace("_", "-"), dest=f.name, **options)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     recipe = recipes[given.get("recipe", defaults["recipe"])]
@@ -1605,6 +1901,21 @@ def check_range(args, **lowest: float) -> None:
             bound = f"at least {low}" if low in (0, 1) else "greater than 0"
             bound += "" if -math.inf < value < 2**63 else " and finite"
             raise UserError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
+
+
+def settle(args, out: str) -> None:
+    """Fill in what follows from the training scripts' other flags. Raises UserError for flags that
+    contradict each other."""
+    if args.warmup_epochs > args.epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} "
+            "epochs: give both"
+        )
+    for name in ("data", "data_dir", "model", "out"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty")
+    args.lr = args.lr or args.base_lr * args.batch_size / 256
+    args.out = args.out or out
 
 
 def say(text: str) -> None:
@@ -1629,9 +1940,9 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def interruptible(out: str):
-    """SIGTERM and Ctrl-C end the run in `out` with a sentence that names the checkpoint to go on
-    from, and exit code 128 + the signal's number."""
+def interruptible(out: str | None):
+    """SIGTERM and Ctrl-C end the run in `out`, if it is a run, with a sentence that names the
+    checkpoint to go on from, and exit code 128 + the signal's number."""
 
     def stop(number, frame):
         for s in before:  # once is enough
@@ -1643,7 +1954,8 @@ def interruptible(out: str):
         yield
     except Interrupted as interrupted:
         number = interrupted.args[0]
-        say(f"stopped by {signal.Signals(number).name}: {last_checkpoint(out)}")
+        left = f": {last_checkpoint(out)}" if out else ""
+        say(f"stopped by {signal.Signals(number).name}{left}")
         raise SystemExit(128 + number) from None
     finally:
         for s, handler in before.items():

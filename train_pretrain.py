@@ -19,7 +19,6 @@ at its end encoder.pt, the encoder alone under timm's names.
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ RECIPES = {
     "quick": dict(
         model="vit_nano",
         data="shapes",
-        epochs=8,
+        epochs=12,
         warmup_epochs=1,
         batch_size=64,
         base_lr=8e-3,
@@ -134,15 +133,7 @@ def parse(argv: list[str] | None = None) -> Args:
         **dict.fromkeys(("warmup_epochs", "weight_decay", "workers", "picture_every", "seed"), 0),
         **dict.fromkeys(("lr", "base_lr", "clip_grad"), math.ulp(0)),
     )
-    if args.warmup_epochs > args.epochs:
-        raise UserError(
-            f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} epochs"
-        )
-    for name in ("data", "data_dir", "model", "out"):
-        if getattr(args, name) == "":
-            raise UserError(f"--{name.replace('_', '-')} is empty")
-    args.lr = args.lr or args.base_lr * args.batch_size / 256
-    args.out = args.out or f"runs/{args.method}-{args.recipe}"
+    mirl.settle(args, f"runs/{args.method}-{args.recipe}")
     return args
 
 
@@ -177,17 +168,9 @@ def main(argv: list[str] | None = None) -> None:
             mirl.load_data(args.data, args.data_dir, "val"), config.image_hw, count=8
         ).to(device)
 
-        groups = mirl.parameter_groups(model, args.weight_decay)
-        trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), split, loader.shares.steps, device)
-        shares = loader.shares
-        millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        say(json.dumps(trainer.resolved))
-        say(f"{args.method} {args.model}, {millions:.2f}M parameters, on {device}")
-        say(
-            f"{shares.n} images, {shares.steps} steps an epoch, lr {args.lr:.3g}; effective batch "
-            f"{split.batch_size} = {mirl.num_processes()} process(es) x "
-            f"{split.device_batch_size} images x {split.accumulation} accumulated"
-        )
+        groups = mirl.parameter_groups(model, args.lr, args.weight_decay)
+        trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), loader.shares, data, device)
+        trainer.announce(f"{args.method} {args.model}")
         for epoch in trainer.epochs():
             for images in loader.epoch(epoch):
                 with trainer.forward():

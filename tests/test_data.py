@@ -30,6 +30,11 @@ def write_images(folder, count, size=(40, 30), seed=0):
     return folder
 
 
+def unlabelled(folder):
+    files = mirl.list_images(folder)
+    return mirl.ImageFiles(files, torch.full((len(files),), -1), [])
+
+
 def test_shapes_are_the_same_every_time():
     a, b, c = mirl.make_shapes(1200, 0), mirl.make_shapes(1200, 0), mirl.make_shapes(1200, 1)
     assert a.images.shape == (1200, 3, 32, 32) and a.images.dtype == torch.uint8
@@ -153,7 +158,7 @@ def test_image_tensor_batches():
 
 
 def test_folder_batches_do_not_depend_on_the_workers(tmp_path):
-    files = mirl.list_images(write_images(tmp_path / "a" / "b", 20))
+    files = unlabelled(write_images(tmp_path / "a" / "b", 20))
     one, two = loader(files), loader(files, workers=2)
     for epoch in (0, 1):
         batches = list(one.epoch(epoch))
@@ -161,7 +166,7 @@ def test_folder_batches_do_not_depend_on_the_workers(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(batches, two.epoch(epoch), strict=True))
     assert not torch.equal(batches[0], next(iter(one.epoch(0))))
     before = torch.get_rng_state()
-    one.loader.dataset[0, 3]
+    one.files.loader.dataset[0, 3]
     assert torch.equal(before, torch.get_rng_state())  # the masks' random numbers stay apart
 
 
@@ -171,7 +176,7 @@ def test_a_corrupt_image_is_skipped_named_once_and_counted(tmp_path, capsys, wor
     (folder / "003.png").write_bytes(b"not an image")
     whole = (folder / "007.png").read_bytes()
     (folder / "007.png").write_bytes(whole[: len(whole) // 2])
-    one = loader(mirl.list_images(folder), workers=workers)
+    one = loader(unlabelled(folder), workers=workers)
     for epoch in range(3):
         assert sum(len(batch) for batch in one.epoch(epoch)) == 16
     printed = capsys.readouterr().out.splitlines()
@@ -184,7 +189,7 @@ def test_a_corrupt_image_is_skipped_named_once_and_counted(tmp_path, capsys, wor
 
 
 def test_files_that_vanish_during_a_run_are_an_error(tmp_path):
-    files = mirl.list_images(write_images(tmp_path, 8))
+    files = unlabelled(write_images(tmp_path, 8))
     one = loader(files)
     for path in tmp_path.iterdir():
         path.unlink()
@@ -196,14 +201,16 @@ def test_folders(tmp_path):
     write_images(tmp_path / "net" / "train" / "cat", 3)
     write_images(tmp_path / "net" / "train" / "dog", 2)
     write_images(tmp_path / "net" / "val" / "cat", 1)
-    assert len(mirl.load_data(str(tmp_path / "net"), "", "train")) == 5
-    assert len(mirl.load_data(str(tmp_path / "net"), "", "val")) == 1
+    write_images(tmp_path / "net" / "val", 1, seed=9)  # in no class
+    train, val = (mirl.load_data(str(tmp_path / "net"), "", s) for s in ("train", "val"))
+    assert train.labels.tolist() == [0, 0, 0, 1, 1] and train.classes == ["cat", "dog"]
+    assert val.labels.tolist() == [-1, 0] and val.classes == train.classes
     write_images(tmp_path / "flat" / "deep" / "deeper", 60)
     (tmp_path / "flat" / "notes.txt").write_text("not an image")
-    train, val = (mirl.load_data(str(tmp_path / "flat"), "", s) for s in ("train", "val"))
+    train, val = (mirl.load_data(str(tmp_path / "flat"), "", s).images for s in ("train", "val"))
     assert len(train) == 58 and len(val) == 2 and not set(train) & set(val)
     write_images(tmp_path / "half" / "train" / "cat", 3)
-    train, val = (mirl.load_data(str(tmp_path / "half"), "", s) for s in ("train", "val"))
+    train, val = (mirl.load_data(str(tmp_path / "half"), "", s).images for s in ("train", "val"))
     assert len(train) == 2 and len(val) == 1 and not set(train) & set(val)
 
 
@@ -217,7 +224,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="none of the 1 images"):
         loader(mirl.load_data(str(tmp_path / "empty"), "", "train"), 1, 1)
     with pytest.raises(UserError, match="--batch-size 64 is larger than the 20 training images"):
-        loader(mirl.list_images(write_images(tmp_path / "few", 20)), 64, 64)
+        loader(unlabelled(write_images(tmp_path / "few", 20)), 64, 64)
 
 
 class FakeCIFAR:
@@ -244,7 +251,7 @@ def test_fixed_images_are_whole_and_in_order(tmp_path):
     picked = mirl.fixed_images(data, (32, 32), 3)
     expected = mirl.normalise_images(data.images[[0, 4, 8]])
     torch.testing.assert_close(picked, expected, atol=1e-4, rtol=1e-4)
-    files = mirl.list_images(write_images(tmp_path, 5))
+    files = unlabelled(write_images(tmp_path, 5))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert mirl.fixed_images(files, (32, 32), 8).shape == (5, 3, 32, 32)

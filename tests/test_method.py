@@ -275,7 +275,7 @@ def test_the_pixel_head_has_columns_of_unit_norm_also_after_training():
     model = tiny()
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert frozen == [f"decoders.{g}.head.parametrizations.weight.original0" for g in range(4)]
-    optimizer = torch.optim.SGD(mirl.parameter_groups(model, 0.0), lr=1.0)
+    optimizer = torch.optim.SGD(mirl.parameter_groups(model, 1.0, 0.0), lr=1.0)
     for _ in range(2):
         weight = model.decoders[2].head.weight  # (out, in)
         torch.testing.assert_close(weight.norm(dim=0), torch.ones(16))

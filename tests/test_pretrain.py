@@ -112,7 +112,7 @@ def test_impossible_splits_suggest_one_that_works(monkeypatch, batch, device, pr
 def test_weight_decay_spares_biases_norms_and_tokens():
     model = mirl.build_mirl("vit_nano")
     decayed, spared = (
-        {id(p) for p in g["params"]} for g in mirl.parameter_groups(model, 0.05)
+        {id(p) for p in g["params"]} for g in mirl.parameter_groups(model, 1.0, 0.05)
     )  # fmt: skip
     for name, p in model.named_parameters():
         weight = name.endswith(("weight", "weight.original1")) and "norm" not in name
@@ -204,9 +204,7 @@ def test_accumulation_changes_nothing_but_memory(tmp_path):
         model = mirl.build_mirl("vit_nano").double()
         args = train_pretrain.parse([*TINY, "--out", str(tmp_path / str(device_batch))])
         split = mirl.split_batch(8, device_batch, 256)
-        trainer = mirl.Trainer(
-            model, args, mirl.parameter_groups(model, 0.05), (0.9, 0.95), split, 3, CPU
-        )  # fmt: skip
+        trainer = new_trainer(model, args, split, CPU)
         x, noise = torch.randn(3, 8, 3, 32, 32).double(), torch.rand(3, 8, 64)
         train_on(trainer, x, noise)
         results.append(torch.cat([p.flatten() for p in model.parameters()]))
@@ -214,6 +212,13 @@ def test_accumulation_changes_nothing_but_memory(tmp_path):
 
 
 CPU = torch.device("cpu")
+
+
+def new_trainer(model, args, split, device, steps=3):
+    groups = mirl.parameter_groups(model, args.lr, 0.05)
+    data = mirl.make_shapes(steps * split.batch_size, 0)
+    shares = mirl.Shares(len(data.images), split, 0)
+    return mirl.Trainer(model, args, groups, (0.9, 0.95), shares, data, device)
 
 
 def train_on(trainer, x, noise):
@@ -345,7 +350,7 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirl, "make_shapes", lambda count, seed: doubled)
         assert pretrain("--out", out, "--resume") == 2
-    assert "of another size: 4 steps an epoch, now 8" in capsys.readouterr().err
+    assert "trained on 33 other images than the 66 of --data shapes" in capsys.readouterr().err
     (out / "checkpoint.pt").write_bytes(b"torn")
     before["checkpoint.pt"] = b"torn"
     assert pretrain("--out", out, "--resume") == 2
@@ -417,8 +422,7 @@ with mirl.processes("cpu") as device:
     model = mirl.build_mirl("vit_nano").double()
     args = train_pretrain.parse([*test_pretrain.TINY, "--out", out])
     split = mirl.split_batch(8, 4 // accumulation if mirl.num_processes() > 1 else 8, 256)
-    groups = mirl.parameter_groups(model, 0.05)
-    trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), split, 3, device)
+    trainer = test_pretrain.new_trainer(model, args, split, device)
     reduced = [0]
     def hook(state, bucket):
         reduced[0] += bucket.buffer().numel()
@@ -494,8 +498,7 @@ def test_steps_do_not_wait_for_the_gpu(tmp_path):
     model = mirl.build_mirl("vit_nano").to(device)
     args = train_pretrain.parse([*TINY, "--out", str(tmp_path / "run"), "--log-every", "100"])
     split = mirl.split_batch(8, 2, 256)
-    groups = mirl.parameter_groups(model, 0.05)
-    trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), split, 4, device)
+    trainer = new_trainer(model, args, split, device, steps=4)
     loader = mirl.PretrainLoader(mirl.make_shapes(32, 0), (32, 32), split, 0, device)
     next(iter(trainer.epochs()))
     micro_batches = iter(loader.epoch(0))

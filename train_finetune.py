@@ -1,0 +1,468 @@
+"""Fine-tune a pre-trained ViT, train one from scratch, or look at what one has learnt.
+
+On whatever device there is, after `python train_pretrain.py`, whose encoder it picks up:
+    python train_finetune.py
+
+One GPU, CIFAR-10:
+    python train_finetune.py --recipe cifar10 --from runs/mirl-cifar10/encoder.pt
+
+8 GPUs, ImageNet (a folder of train/<class>/*.jpg and val/<class>/*.jpg):
+    torchrun --nproc-per-node 8 train_finetune.py --recipe imagenet --data /data/imagenet \\
+        --from runs/mirl-imagenet/encoder.pt --resume
+
+8 nodes of 8 GPUs, the same line on every node, with --out on a file system that they share:
+    torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
+        --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id mirl \\
+        train_finetune.py --recipe imagenet --data /data/imagenet --out /shared/run \\
+        --from /shared/encoder.pt --resume
+
+Without fine-tuning:
+    python train_finetune.py --protocol knn --from ENCODER       (or linear)
+    python train_finetune.py --eval --from FINETUNED
+    python train_finetune.py --predict IMAGE… --from FINETUNED
+
+A run leaves in --out: config.json, metrics.jsonl, checkpoint.pt (after every epoch), and of the
+weights as they are ("raw") and of their moving average ("ema") the last and the best by validation:
+raw-last.pt, raw-best.pt, ema-last.pt, ema-best.pt.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+import mirl
+from mirl import UserError, flag, say
+
+# Everything that a recipe sets; the flags override it.
+RECIPES = {
+    # the embedded data set with few labels, in minutes on a laptop
+    "quick": dict(
+        model="vit_nano",
+        data="shapes",
+        train_images=500,
+        epochs=40,
+        warmup_epochs=4,
+        batch_size=32,
+        base_lr=8e-3,
+        layer_decay=0.75,
+        drop_path=0.0,
+        randaug=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        ema_decay=0.99,
+    ),
+    "cifar10": dict(
+        model="vit_ti",
+        data="cifar10",
+        epochs=100,
+        warmup_epochs=5,
+        batch_size=512,
+        base_lr=1e-3,
+        layer_decay=0.75,
+        drop_path=0.1,
+        randaug=9.0,
+        mixup=0.8,
+        cutmix=1.0,
+        ema_decay=0.9998,
+    ),
+    # [S A.1, Table 2]; what differs between the models is in TABLE_2
+    "imagenet": dict(
+        model="vit_b",
+        data="data/imagenet",
+        warmup_epochs=20,
+        batch_size=2048,
+        base_lr=7.5e-4,
+        randaug=9.0,
+        mixup=0.8,
+        cutmix=1.0,
+        ema_decay=0.9998,
+    ),
+}
+
+# What the imagenet recipe sets by model; ViT-B's for a model that is not in the table.
+TABLE_2 = {
+    "vit_s": dict(layer_decay=0.65, epochs=200, drop_path=0.1),
+    "vit_s_54": dict(layer_decay=0.88, epochs=100, drop_path=0.1),
+    "vit_b": dict(layer_decay=0.65, epochs=100, drop_path=0.1),
+    "vit_b_24": dict(layer_decay=0.65, epochs=100, drop_path=0.1),
+    "vit_b_48": dict(layer_decay=0.88, epochs=50, drop_path=0.2),
+}
+
+
+@dataclass
+class Args:
+    recipe: str = flag(
+        "quick", "sets every flag below that names a value by recipe", tuple(RECIPES)
+    )
+    from_: str | None = flag(
+        None,
+        "weights to start from: a pre-training checkpoint, an encoder.pt, a fine-tuned model, or "
+        "timm's or MAE's weights; `scratch` for random ones. Default: runs/mirl-quick/encoder.pt "
+        "where it is there and the recipe is quick, else scratch",
+    )
+    truncated: bool = flag(
+        False, "allow --from to have fewer blocks than the model; the last ones start at random"
+    )
+    eval: bool = flag(False, "evaluate the fine-tuned model --from on the validation images")
+    predict: tuple[str, ...] | None = flag(
+        None, "print what the fine-tuned model --from sees in these image files, and stop"
+    )
+    protocol: str = flag(
+        "finetune",
+        "finetune; or look at the frozen encoder --from, without training it: knn (k = 20, cosine, "
+        "temperature 0.07), or linear (a linear layer on batch-normalised features)",
+        ("finetune", "linear", "knn"),
+    )
+    model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
+    data: str | None = flag(
+        None,
+        "shapes (embedded), cifar10, cifar100 (downloaded), or a folder of train/<class>/ and "
+        "val/<class>/",
+    )
+    data_dir: str = flag("data", "where downloaded data sets are kept")
+    train_images: int | None = flag(
+        None, "use this many of the training images, drawn by --seed; default all"
+    )
+    out: str | None = flag(None, "the run's folder; default runs/finetune-<recipe>")
+    resume: bool = flag(
+        False, "continue the run in --out after its last complete epoch, or start it"
+    )
+    epochs: int | None = flag(None, "passes over the training images; imagenet by --model")
+    warmup_epochs: float | None = flag(None, "epochs of linear warm-up")
+    batch_size: int | None = flag(
+        None, "the effective batch, over all processes and accumulated micro-batches"
+    )
+    device_batch_size: int | None = flag(
+        None,
+        "images on a device at a time, the rest of the batch being accumulated; lower it where "
+        "memory runs out. Default: what divides the batch, up to about 25,000 patches (128 images "
+        "of 224 pixels)",
+    )
+    lr: float | None = flag(None, "peak learning rate; default --base-lr x --batch-size / 256")
+    base_lr: float | None = flag(None, "learning rate for a batch of 256")
+    schedule: str = flag("cosine", "cosine to 0, or a step-wise decay", ("cosine", "step"))
+    weight_decay: float = flag(0.05, "AdamW's, for weights; biases, norms and tokens have none")
+    clip_grad: float | None = flag(None, "largest gradient norm; default no clipping")
+    layer_decay: float | None = flag(
+        None,
+        "factor on the learning rate from each layer to the one below it: lower keeps more of what "
+        "was pre-trained, nearer 1 suits deeper models, 1 suits training from scratch; imagenet by "
+        "--model",
+    )
+    drop_path: float | None = flag(
+        None, "rate of stochastic depth in the last block; imagenet by --model"
+    )
+    randaug: float | None = flag(None, "RandAug's magnitude, 0 to 10; 0 turns it off")
+    erasing: float = flag(0.0, "probability of random erasing; the released code has 0.25")
+    mixup: float | None = flag(None, "mixup's alpha; 0 turns it off")
+    cutmix: float | None = flag(None, "cutmix's alpha; with mixup too, one of them a batch")
+    label_smoothing: float = flag(0.1, "share of each target spread over all classes")
+    ema_decay: float | None = flag(
+        None,
+        "decay of the moving average of the weights, a step; lower it for runs of few steps; 0 "
+        "turns it off",
+    )
+    pool: str = flag("mean", "the head's input: mean over patches, or cls", ("mean", "cls"))
+    image_size: int | None = flag(None, "side of the images in pixels; default the model's")
+    patch_size: int | None = flag(None, "side of a patch in pixels; default the model's")
+    device: str = flag("auto", "auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu")
+    dtype: str = flag(
+        "auto",
+        "precision of the forward pass; auto is bf16 on GPUs made for it, else fp32. fp16 runs "
+        "with a loss scaler and overflows sooner",
+        ("auto", "bf16", "fp16", "fp32"),
+    )
+    compile: bool = flag(False, "torch.compile: minutes of waiting first, then faster steps")
+    workers: int | None = flag(
+        None, "processes that read and augment images; default this one's share of the cores"
+    )
+    seed: int = flag(0, "everything random follows from it, the epoch and the process")
+    log_every: int = flag(50, "steps between two lines of metrics; more often costs speed")
+    tensorboard: bool = flag(False, "also write the metrics for TensorBoard (an optional extra)")
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    args = mirl.parse_flags(Args, argv, __doc__, RECIPES)
+    for name, value in TABLE_2.get(args.model, TABLE_2["vit_b"]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    counts = ("epochs", "batch_size", "device_batch_size", "log_every", "train_images")
+    natural = ("warmup_epochs", "weight_decay", "workers", "seed", "drop_path", "ema_decay")
+    mirl.check_range(
+        args,
+        **dict.fromkeys(counts, 1),
+        **dict.fromkeys((*natural, "randaug", "erasing", "mixup", "cutmix", "label_smoothing"), 0),
+        **dict.fromkeys(("lr", "base_lr", "clip_grad", "layer_decay"), math.ulp(0)),
+    )
+    highest = dict(erasing=1, label_smoothing=1, layer_decay=1, randaug=10, ema_decay=1)
+    for name, high in highest.items():
+        if getattr(args, name) > high:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {high}")
+    mirl.settle(args, f"runs/finetune-{args.recipe}")
+    quick = Path("runs/mirl-quick/encoder.pt")
+    if args.from_ is None:
+        args.from_ = str(quick) if args.recipe == "quick" and quick.exists() else "scratch"
+    if sum((args.eval, bool(args.predict), args.protocol != "finetune")) > 1:
+        raise UserError("--eval, --predict and --protocol exclude each other: give one of them")
+    if (args.eval or args.predict) and args.from_ == "scratch":
+        raise UserError("--eval and --predict need --from, a model that this script fine-tuned")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# Data and models
+# ------------------------------------------------------------------------------------------------
+
+
+def labelled(args: Args, split: str):
+    """The images of a data set that have labels. Raises UserError where there are none."""
+    data = mirl.load_data(args.data, args.data_dir, split)
+    keep = (data.labels >= 0).nonzero()[:, 0]
+    if not len(keep):
+        raise UserError(
+            f"--data {args.data}: the {split} images have no labels; they come from the folders "
+            "train/<class>/ and val/<class>/"
+        )
+    if split == "train" and args.train_images is not None:
+        if args.train_images > len(keep):
+            raise UserError(f"--train-images {args.train_images}: there are {len(keep)}")
+        order = torch.Generator().manual_seed(mirl.seed_of("images", args.seed))
+        keep = keep[torch.randperm(len(keep), generator=order)[: args.train_images]]
+    return mirl.select(data, keep)
+
+
+def new_model(args: Args, classes: int) -> mirl.ViT:
+    names = ("image_size", "patch_size", "pool", "drop_path")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    model = mirl.build_vit(args.model, **given, num_classes=classes)
+    resuming = args.resume and (Path(args.out) / "checkpoint.pt").exists()
+    if args.from_ != "scratch" and not resuming:
+        mirl.load_encoder(model, args.from_, args.truncated)
+    return model
+
+
+def finetuned_model(path: str) -> tuple[mirl.ViT, list[str]]:
+    """A model that this script saved, and its classes' names."""
+    saved = mirl.load_file(path)
+    classes = saved.get("classes") or saved.get("data", {}).get("classes")
+    try:
+        model = mirl.ViT(mirl.Config(**saved["config"]))
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError):
+        classes = None
+    if not classes:
+        raise UserError(f"--from {path} is no model that this script fine-tuned")
+    return model, classes
+
+
+def in_order(args: Args, data, config: mirl.Config, device: torch.device) -> mirl.WorkerLoader:
+    """Every image once, over all processes, as the validation sees it."""
+    order = mirl.InOrder(len(data.images), device_limit(config))
+    transform = mirl.evaluation_transform(config.image_hw)
+    return mirl.WorkerLoader(data, transform, order, 0, device, args.workers)
+
+
+def device_limit(config: mirl.Config) -> int:
+    return max(1, 128 * 196 // config.num_patches)
+
+
+def mixing(args: Args, classes: int):
+    """(images, labels) -> (images, targets): mixup and cutmix alternate, one λ a batch. [S A.1]"""
+    kinds = ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
+    choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+    return v2.RandomChoice(choices) if choices else lambda images, labels: (images, labels)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, loader: mirl.WorkerLoader, dtype: torch.dtype):
+    """What the model makes of this process's images, float32 (b, ·), and their labels, in turn."""
+    model.eval()
+    for images, labels in loader.epoch(0):
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            out = model.forward(mirl.normalise_images(images))  # around torch.compile's shapes
+        good = labels >= 0
+        yield out.float()[good], labels[good]
+
+
+def evaluate(model: mirl.ViT, loader: mirl.WorkerLoader, dtype: torch.dtype) -> dict[str, float]:
+    """Top-1 and top-5 in percent and the mean cross-entropy; each image counts exactly once."""
+    scored = (score(logits, labels) for logits, labels in outputs(model, loader, dtype))
+    totals = sum(mirl.gather(sum(scored, torch.zeros(4)).double().cpu()))
+    top1, top5, loss, n = totals.tolist()
+    return dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, val_images=int(n))
+
+
+def score(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over images: first guess right, one of five right, cross-entropy, 1."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    ones = torch.tensor(float(len(labels)), device=loss.device)
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, ones])
+
+
+def knn_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
+    """Votes (m, classes) of the 20 nearest training features for each validation feature.
+
+    train: float (n, D), val: float (m, D). A vote weighs exp(cosine / 0.07).
+    """
+    train, val = F.normalize(train, dim=1), F.normalize(val, dim=1)
+    votes = val.new_zeros(len(val), classes)
+    for chunk, out in zip(val.split(1024), votes.split(1024), strict=True):
+        near, which = (chunk @ train.T).topk(min(20, len(train)), dim=1)
+        out.scatter_add_(1, labels[which], (near / 0.07).exp())
+    return votes
+
+
+def linear_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int, seed: int) -> Tensor:
+    """Logits (m, classes) of a linear probe: batch norm without affine, then a linear layer.
+
+    It is trained on train, float (n, D), for 100 epochs of batches of 256, or more up to 1,000 steps,
+    and asked about val, float (m, D).
+    """
+    torch.manual_seed(seed)
+    probe = nn.Sequential(
+        nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6), nn.Linear(train.shape[1], classes)
+    ).to(train.device)
+    size = min(256, len(train))
+    steps = len(train) // size
+    epochs = max(100, 1000 // steps)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=0.01, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(train))[: steps * size].view(steps, size).to(train.device):
+            F.cross_entropy(probe(train[batch]), labels[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    with torch.no_grad():
+        return probe.eval()(val)
+
+
+def probe(args: Args, train, val, device: torch.device) -> None:
+    """Print how well a frozen encoder's features, the head's input, tell the classes apart."""
+    model = new_model(args, len(val.classes)).to(device)
+    model.head = nn.Identity()
+    dtype = mirl.pick_dtype(args.dtype, device)
+    features = []
+    for data in (train, val):
+        parts = zip(*outputs(model, in_order(args, data, model.config, device), dtype), strict=True)
+        mine = [torch.cat(part).cpu() for part in parts]
+        features += [torch.cat(part).to(device) for part in zip(*mirl.gather(mine), strict=True)]
+    x, labels, queries, truth = features
+    if args.protocol == "knn":
+        scores = knn_scores(x, labels, queries, len(val.classes))
+    else:
+        scores = linear_scores(x, labels, queries, len(val.classes), args.seed)
+    top1, top5, _, n = score(scores, truth).tolist()
+    top = dict(top1=100 * top1 / n, top5=100 * top5 / n)
+    say(json.dumps(dict(protocol=args.protocol, **top, train_images=len(x), val_images=int(n))))
+
+
+@torch.no_grad()
+def predict(args: Args, device: torch.device) -> None:
+    """Print the five likeliest classes of every image."""
+    model, classes = finetuned_model(args.from_)
+    model.to(device).eval()
+    missing = [path for path in args.predict if not Path(path).is_file()]
+    if missing:
+        raise UserError(f"--predict: there is no file {missing[0]}")
+    for path in args.predict:
+        data = mirl.ImageFiles([path], torch.tensor([0]), classes)
+        images = mirl.fixed_images(data, model.config.image_hw, 1).to(device)
+        probabilities = model(images)[0].softmax(dim=0)
+        top = probabilities.topk(min(5, len(classes)))
+        say(path)
+        for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            say(f"  {100 * p:5.1f} %  {classes[i]}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    training = not (args.eval or args.predict) and args.protocol == "finetune"
+    if training:
+        mirl.check_out(args.out, args.resume)
+    with mirl.interruptible(args.out if training else None), mirl.processes(args.device) as device:
+        torch.manual_seed(args.seed)  # the same initial weights in every process
+        args.workers = mirl.pick_workers(args.workers)
+        if args.predict:
+            return predict(args, device)
+        val = labelled(args, "val")
+        if args.eval:
+            model, classes = finetuned_model(args.from_)
+            if classes != val.classes:
+                raise UserError(f"--from {args.from_} knows other classes than --data {args.data}")
+            loader = in_order(args, val, model.config, device)
+            dtype = mirl.pick_dtype(args.dtype, device)
+            return say(json.dumps(evaluate(model.to(device), loader, dtype)))
+        train = labelled(args, "train")
+        if args.protocol != "finetune":
+            return probe(args, train, val, device)
+
+        model = new_model(args, len(val.classes)).to(device)
+        config = model.config
+        split = mirl.split_batch(args.batch_size, args.device_batch_size, device_limit(config))
+        shares = mirl.Shares(len(train.images), split, args.seed)
+        transform = mirl.finetune_transform(config.image_hw, args.randaug, args.erasing)
+        loader = mirl.WorkerLoader(train, transform, shares, args.seed, device, args.workers)
+        val_loader = in_order(args, val, config, device)
+        mix = mixing(args, config.num_classes)
+
+        average = mirl.ema_model(model, args.ema_decay) if args.ema_decay else None
+        models = {"raw": model} | ({"ema": average.module} if average else {})
+        groups = mirl.parameter_groups(model, args.lr, args.weight_decay, args.layer_decay)
+        trainer = mirl.Trainer(model, args, groups, (0.9, 0.999), shares, train, device, average)
+        trainer.announce(f"{args.model} from {args.from_}")
+        for epoch in trainer.epochs():
+            for images, labels in loader.epoch(epoch):
+                images, targets = mix(images, labels)
+                with trainer.forward():
+                    logits = trainer.model(images)
+                smoothing = args.label_smoothing
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                trainer.backward(loss, {})
+            scores = {n: evaluate(m, val_loader, trainer.dtype) for n, m in models.items()}
+            record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
+            corrupt = len(loader.corrupt | val_loader.corrupt)
+            for name, m in models.items():
+                save_model(trainer, f"{name}_top1", record[f"{name}_top1"], name, m, epoch)
+            say("  ".join(f"{n}: top-1 {s['top1']:.2f} %" for n, s in scores.items()))
+            trainer.end_epoch(epoch, **record, corrupt_files=corrupt)
+        if mirl.is_main():
+            top1, path, epoch = max(
+                (saved["top1"], str(path), saved["epoch"])
+                for path in (trainer.out / f"{name}-best.pt" for name in models)
+                for saved in [mirl.load_file(path)]
+            )
+            say(f"done: the best model is {path}, top-1 {top1:.2f} % after epoch {epoch}")
+
+
+def save_model(trainer: mirl.Trainer, key: str, top1: float, name: str, model, epoch: int) -> None:
+    """<name>-last.pt, and <name>-best.pt where this epoch is the best one so far."""
+    if mirl.is_main():
+        saved = dict(model=model.state_dict(), config=dataclasses.asdict(model.config))
+        saved |= dict(classes=trainer.data["classes"], epoch=epoch + 1, top1=top1)
+        mirl.save_file(trainer.out / f"{name}-last.pt", saved)
+        if all(top1 > record[key] for record in trainer.history):
+            mirl.save_file(trainer.out / f"{name}-best.pt", saved)
+
+
+if __name__ == "__main__":
+    mirl.run_script(main)
