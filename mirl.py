@@ -842,7 +842,7 @@ def load_data(name: str, data_dir: str, split: str) -> ImageTensor | ImageFiles:
     image being the validation split. Raises UserError for what cannot be had.
     """
     if name == "shapes":
-        return make_shapes(10_000, seed=0) if split == "train" else make_shapes(2_000, seed=1)
+        return make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
     if name in ("cifar10", "cifar100"):
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         try:
@@ -1855,6 +1855,54 @@ def flag(default: Any, help: str, choices: tuple | None = None) -> Any:
     return field(default=default, metadata=dict(help=help, choices=choices))
 
 
+@dataclass
+class TrainingFlags:
+    """What the two training scripts have in common; each adds its own."""
+
+    data_dir: str = flag("data", "where downloaded data sets are kept")
+    resume: bool = flag(
+        False, "continue the run in --out after its last complete epoch, or start it"
+    )
+    epochs: int | None = flag(None, "passes over the training images")
+    warmup_epochs: float | None = flag(None, "epochs of linear warm-up")
+    batch_size: int | None = flag(
+        None, "the effective batch, over all processes and accumulated micro-batches"
+    )
+    device_batch_size: int | None = flag(
+        None,
+        "images on a device at a time, the rest of the batch being accumulated; lower it where "
+        "memory runs out. Default: what divides the batch, up to 256 images of 224 pixels in "
+        "pre-training, 128 in fine-tuning, more of smaller ones",
+    )
+    lr: float | None = flag(None, "peak learning rate; default --base-lr x --batch-size / 256")
+    base_lr: float | None = flag(
+        None, "learning rate for a batch of 256; raise it for small models and short runs"
+    )
+    schedule: str = flag("cosine", "cosine to 0, or a step-wise decay", ("cosine", "step"))
+    weight_decay: float = flag(0.05, "AdamW's, for weights; biases, norms and tokens have none")
+    clip_grad: float | None = flag(None, "largest gradient norm; default no clipping")
+    image_size: int | None = flag(None, "side of the images in pixels; default the model's")
+    patch_size: int | None = flag(None, "side of a patch in pixels; default the model's")
+    device: str = flag("auto", "auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu")
+    dtype: str = flag(
+        "auto",
+        "precision of the forward pass; auto is bf16 on GPUs made for it, else fp32. fp16 runs "
+        "with a loss scaler and overflows sooner",
+        ("auto", "bf16", "fp16", "fp32"),
+    )
+    compile: bool = flag(False, "torch.compile: minutes of waiting first, then faster steps")
+    workers: int | None = flag(
+        None,
+        "processes that read and augment images, 0 for none; default this one's share of the "
+        "cores. (Pre-training on a data set that fits in memory needs none.)",
+    )
+    seed: int = flag(0, "everything random follows from it, the epoch and the process")
+    log_every: int = flag(50, "steps between two lines of metrics; more often costs speed")
+    tensorboard: bool = flag(
+        False, "also write the metrics for TensorBoard; needs pip install -e '.[tensorboard]'"
+    )
+
+
 def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[str, Any]]):
     """Command line -> cls. A flag that is not given takes the recipe's value, then its default.
 
@@ -1867,7 +1915,8 @@ def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[s
 
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
+    own_first = sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__)
+    for f in own_first:
         by_recipe = [f"{r} {v[f.name]}" for r, v in recipes.items() if f.name in v]
         shown = f"; {', '.join(by_recipe)}" if by_recipe else ""
         if f.default is not None and not by_recipe:
@@ -1903,9 +1952,14 @@ def check_range(args, **lowest: float) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
 
 
-def settle(args, out: str) -> None:
-    """Fill in what follows from the training scripts' other flags. Raises UserError for flags that
-    contradict each other."""
+def settle(args: TrainingFlags, out: str) -> None:
+    """Fill in what follows from other flags. Raises UserError for impossible values."""
+    check_range(
+        args,
+        **dict.fromkeys(("epochs", "batch_size", "device_batch_size", "log_every"), 1),
+        **dict.fromkeys(("warmup_epochs", "weight_decay", "workers", "seed"), 0),
+        **dict.fromkeys(("lr", "base_lr", "clip_grad"), math.ulp(0)),
+    )
     if args.warmup_epochs > args.epochs:
         raise UserError(
             f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} "

@@ -98,7 +98,7 @@ TABLE_2 = {
 
 
 @dataclass
-class Args:
+class Args(mirl.TrainingFlags):
     recipe: str = flag(
         "quick", "sets every flag below that names a value by recipe", tuple(RECIPES)
     )
@@ -127,30 +127,10 @@ class Args:
         "shapes (embedded), cifar10, cifar100 (downloaded), or a folder of train/<class>/ and "
         "val/<class>/",
     )
-    data_dir: str = flag("data", "where downloaded data sets are kept")
     train_images: int | None = flag(
         None, "use this many of the training images, drawn by --seed; default all"
     )
     out: str | None = flag(None, "the run's folder; default runs/finetune-<recipe>")
-    resume: bool = flag(
-        False, "continue the run in --out after its last complete epoch, or start it"
-    )
-    epochs: int | None = flag(None, "passes over the training images; imagenet by --model")
-    warmup_epochs: float | None = flag(None, "epochs of linear warm-up")
-    batch_size: int | None = flag(
-        None, "the effective batch, over all processes and accumulated micro-batches"
-    )
-    device_batch_size: int | None = flag(
-        None,
-        "images on a device at a time, the rest of the batch being accumulated; lower it where "
-        "memory runs out. Default: what divides the batch, up to about 25,000 patches (128 images "
-        "of 224 pixels)",
-    )
-    lr: float | None = flag(None, "peak learning rate; default --base-lr x --batch-size / 256")
-    base_lr: float | None = flag(None, "learning rate for a batch of 256")
-    schedule: str = flag("cosine", "cosine to 0, or a step-wise decay", ("cosine", "step"))
-    weight_decay: float = flag(0.05, "AdamW's, for weights; biases, norms and tokens have none")
-    clip_grad: float | None = flag(None, "largest gradient norm; default no clipping")
     layer_decay: float | None = flag(
         None,
         "factor on the learning rate from each layer to the one below it: lower keeps more of what "
@@ -171,22 +151,6 @@ class Args:
         "turns it off",
     )
     pool: str = flag("mean", "the head's input: mean over patches, or cls", ("mean", "cls"))
-    image_size: int | None = flag(None, "side of the images in pixels; default the model's")
-    patch_size: int | None = flag(None, "side of a patch in pixels; default the model's")
-    device: str = flag("auto", "auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu")
-    dtype: str = flag(
-        "auto",
-        "precision of the forward pass; auto is bf16 on GPUs made for it, else fp32. fp16 runs "
-        "with a loss scaler and overflows sooner",
-        ("auto", "bf16", "fp16", "fp32"),
-    )
-    compile: bool = flag(False, "torch.compile: minutes of waiting first, then faster steps")
-    workers: int | None = flag(
-        None, "processes that read and augment images; default this one's share of the cores"
-    )
-    seed: int = flag(0, "everything random follows from it, the epoch and the process")
-    log_every: int = flag(50, "steps between two lines of metrics; more often costs speed")
-    tensorboard: bool = flag(False, "also write the metrics for TensorBoard (an optional extra)")
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -194,19 +158,13 @@ def parse(argv: list[str] | None = None) -> Args:
     for name, value in TABLE_2.get(args.model, TABLE_2["vit_b"]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    counts = ("epochs", "batch_size", "device_batch_size", "log_every", "train_images")
-    natural = ("warmup_epochs", "weight_decay", "workers", "seed", "drop_path", "ema_decay")
-    mirl.check_range(
-        args,
-        **dict.fromkeys(counts, 1),
-        **dict.fromkeys((*natural, "randaug", "erasing", "mixup", "cutmix", "label_smoothing"), 0),
-        **dict.fromkeys(("lr", "base_lr", "clip_grad", "layer_decay"), math.ulp(0)),
-    )
+    mirl.settle(args, f"runs/finetune-{args.recipe}")
+    natural = ("drop_path", "ema_decay", "randaug", "erasing", "mixup", "cutmix", "label_smoothing")
+    mirl.check_range(args, train_images=1, layer_decay=math.ulp(0), **dict.fromkeys(natural, 0))
     highest = dict(erasing=1, label_smoothing=1, layer_decay=1, randaug=10, ema_decay=1)
     for name, high in highest.items():
         if getattr(args, name) > high:
             raise UserError(f"--{name.replace('_', '-')} must be at most {high}")
-    mirl.settle(args, f"runs/finetune-{args.recipe}")
     quick = Path("runs/mirl-quick/encoder.pt")
     if args.from_ is None:
         args.from_ = str(quick) if args.recipe == "quick" and quick.exists() else "scratch"
@@ -329,7 +287,7 @@ def knn_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tens
 def linear_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int, seed: int) -> Tensor:
     """Logits (m, classes) of a linear probe: batch norm without affine, then a linear layer.
 
-    It is trained on train, float (n, D), for 100 epochs of batches of 256, or more up to 1,000 steps,
+    It is trained on train, float (n, D), for 100 epochs of batches of 256 and at least 1,000 steps,
     and asked about val, float (m, D).
     """
     torch.manual_seed(seed)

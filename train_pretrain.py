@@ -19,7 +19,6 @@ at its end encoder.pt, the encoder alone under timm's names.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +64,7 @@ RECIPES = {
 
 
 @dataclass
-class Args:
+class Args(mirl.TrainingFlags):
     recipe: str = flag(
         "quick", "sets every flag below that names a value by recipe", tuple(RECIPES)
     )
@@ -74,32 +73,8 @@ class Args:
     data: str | None = flag(
         None, "shapes (embedded), cifar10, cifar100 (downloaded), or a folder of images"
     )
-    data_dir: str = flag("data", "where downloaded data sets are kept")
     out: str | None = flag(None, "the run's folder; default runs/<method>-<recipe>")
-    resume: bool = flag(
-        False, "continue the run in --out after its last complete epoch, or start it"
-    )
-    epochs: int | None = flag(None, "passes over the training images")
-    warmup_epochs: float | None = flag(None, "epochs of linear warm-up")
-    batch_size: int | None = flag(
-        None, "the effective batch, over all processes and accumulated micro-batches"
-    )
-    device_batch_size: int | None = flag(
-        None,
-        "images on a device at a time, the rest of the batch being accumulated; lower it where "
-        "memory runs out. Default: what divides the batch, up to about 50,000 patches (256 images "
-        "of 224 pixels)",
-    )
-    lr: float | None = flag(None, "peak learning rate; default --base-lr x --batch-size / 256")
-    base_lr: float | None = flag(
-        None, "learning rate for a batch of 256; raise it for small models and short runs"
-    )
-    schedule: str = flag("cosine", "cosine to 0, or a step-wise decay", ("cosine", "step"))
-    weight_decay: float = flag(0.05, "AdamW's, for weights; biases, norms and tokens have none")
-    clip_grad: float | None = flag(None, "largest gradient norm; default no clipping")
     mask_ratio: float = flag(0.75, "share of the patches that are hidden from the encoder")
-    image_size: int | None = flag(None, "side of the images in pixels; default the model's")
-    patch_size: int | None = flag(None, "side of a patch in pixels; default the model's")
     segments: int | None = flag(None, "G, an even number, or 1; default the model's")
     dense: bool | None = flag(
         None, "whether decoders attend to all earlier segments; default yes for mirl, no for mae"
@@ -107,32 +82,13 @@ class Args:
     weight_norm: bool | None = flag(
         None, "whether the pixel head is weight-normalised; default yes for mirl, no for mae"
     )
-    device: str = flag("auto", "auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu")
-    dtype: str = flag(
-        "auto",
-        "precision of the forward pass; auto is bf16 on GPUs made for it, else fp32. fp16 runs "
-        "with a loss scaler and overflows sooner",
-        ("auto", "bf16", "fp16", "fp32"),
-    )
-    compile: bool = flag(False, "torch.compile: minutes of waiting first, then faster steps")
-    workers: int | None = flag(
-        None, "processes that read image files; default this one's share of the cores"
-    )
-    seed: int = flag(0, "everything random follows from it, the epoch and the process")
-    log_every: int = flag(50, "steps between two lines of metrics; more often costs speed")
     picture_every: int | None = flag(None, "epochs between two pictures; 0: at the end alone")
     picture_pair: int = flag(1, "which pair the pictures show, 1 (outermost) to G/2")
-    tensorboard: bool = flag(False, "also write the metrics for TensorBoard (an optional extra)")
 
 
 def parse(argv: list[str] | None = None) -> Args:
     args = mirl.parse_flags(Args, argv, __doc__, RECIPES)
-    mirl.check_range(
-        args,
-        **dict.fromkeys(("epochs", "batch_size", "device_batch_size", "log_every"), 1),
-        **dict.fromkeys(("warmup_epochs", "weight_decay", "workers", "picture_every", "seed"), 0),
-        **dict.fromkeys(("lr", "base_lr", "clip_grad"), math.ulp(0)),
-    )
+    mirl.check_range(args, picture_every=0)
     mirl.settle(args, f"runs/{args.method}-{args.recipe}")
     return args
 
