@@ -1343,12 +1343,7 @@ class Trainer:
             model.compile()
         self.model = model
         if num_processes() > 1:
-            DDP = nn.parallel.DistributedDataParallel
-            # The buffers are constant tables. Newer versions of torch renamed the flag for that.
-            names = ("forward_sync_buffers", "broadcast_buffers")
-            name = next(n for n in names if n in inspect.signature(DDP).parameters)
-            ids = [device] if device.type == "cuda" else None
-            self.model = DDP(model, ids, gradient_as_bucket_view=True, **{name: False})
+            self.model = data_parallel(model, device)
 
     def announce(self, what: str) -> None:
         """Say what is trained, on what, and how the batch is made up."""
@@ -1603,6 +1598,15 @@ def processes(device_flag: str):
     yield device
     if dist.is_initialized():  # after an error the others may never come to this
         dist.destroy_process_group()
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """torch's DistributedDataParallel, for a model whose buffers are constant tables."""
+    DDP = nn.parallel.DistributedDataParallel
+    names = ("forward_sync_buffers", "broadcast_buffers")  # newer versions of torch renamed it
+    name = next(n for n in names if n in inspect.signature(DDP).parameters)
+    ids = [device] if device.type == "cuda" else None
+    return DDP(model, ids, gradient_as_bucket_view=True, **{name: False})
 
 
 def gather(value: Any) -> list[Any]:
@@ -1919,15 +1923,15 @@ def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[s
     for f in own_first:
         by_recipe = [f"{r} {v[f.name]}" for r, v in recipes.items() if f.name in v]
         shown = f"; {', '.join(by_recipe)}" if by_recipe else ""
-        if f.default is not None and not by_recipe:
+        if f.default is not None and not by_recipe and not isinstance(f.default, tuple):
             shown = f"; default {f.default}"
         options = dict(help=(f.metadata["help"] + shown).replace("%", "%%"), default=None)
         kinds = {hints[f.name], *typing.get_args(hints[f.name])}
-        kind = next(t for t in (bool, int, float, str, tuple[str, ...]) if t in kinds)
+        kind = next(t for t in (tuple[str, ...], bool, int, float, str) if t in kinds)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind == tuple[str, ...]:
-            options |= dict(nargs="+", metavar="FILE")
+            options |= dict(nargs="+", metavar=f.name.upper().rstrip("S"))
         else:
             choices = f.metadata["choices"]
             metavar = None if choices else kind.__name__.upper()
@@ -1935,7 +1939,7 @@ def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[s
         parser.add_argument("--" + f.name.strip("_").replace("_", "-"), dest=f.name, **options)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-    recipe = recipes[given.get("recipe", defaults["recipe"])]
+    recipe = recipes[given.get("recipe", defaults["recipe"])] if recipes else {}
     return cls(**(defaults | recipe | given))
 
 
