@@ -159,7 +159,8 @@ class TimmMAE(nn.Module):
         background = self.mask_token.to(x.dtype).expand(*mask.shape, -1)
         x = torch.cat([x[:, :1], mirl.put(x[:, 1:], visible, background)], dim=1)
         x = self.head(self.decoder_norm(self.decoder(x + self.positions)))[:, 1:]
-        return mirl.reconstruction_loss(mirl.normalise_patches(patches), mask, x)
+        target, _, _ = mirl.normalise_patches(patches)
+        return mirl.reconstruction_loss(target, mask, x)
 
 
 def peer(library: str, name: str, mode: str) -> nn.Module:
