@@ -8,7 +8,7 @@
 
 Multiply-adds are counted while the model runs: in Table 4's convention, which leaves out the two
 attention products, and with them. The models take turns, window by window, so that a machine that
-gets slower or faster does so for all of them.
+gets slower or faster does so for all of them; with --batch-size auto one comes after the other.
 """
 
 import dataclasses
@@ -60,8 +60,8 @@ class Args:
     method: str = flag("mirl", "what --mode pretrain trains", ("mirl", "mae"))
     peers: bool = flag(
         False,
-        "also time other libraries' models of the same size (pretrain: their MAE); needs "
-        "pip install -e '.[peers]'",
+        "also time other libraries' models of the same size (pretrain: MAE, theirs and ours); "
+        "needs pip install -e '.[peers]'",
     )
     batch_size: tuple[str, ...] | None = flag(
         None,
@@ -96,9 +96,11 @@ def parse(argv: list[str] | None = None) -> Args:
                 raise UserError(f"--peers needs {name}: pip install -e '.[peers]'")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json: there is no folder {Path(args.json).parent}")
+    if args.json and Path(args.json).is_dir():
+        raise UserError(f"--json {args.json} is a folder, not a file")
     for size in args.batch_size or ():
-        if size != "auto" and not (size.isdecimal() and int(size)):
-            raise UserError(f"--batch-size takes numbers from 1 and auto, not {size}")
+        if size != "auto" and not (size.isdecimal() and 0 < int(size) < 2**20):
+            raise UserError(f"--batch-size takes numbers from 1 to a million and auto, not {size}")
     return args
 
 
@@ -280,11 +282,6 @@ def seconds_of(run: Callable[[], Any], steps: int, device: torch.device) -> floa
     return (time.perf_counter() - began) / steps
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is what a device, or torch's allocator on the CPU, raises when it is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> tuple[int, float]:
     """The side and TFLOP/s of a large square matrix product: what the device can reach."""
     n = 8192 if device.type == "cuda" else 2048
@@ -321,15 +318,16 @@ def prepare(case: Case, args: Args, device: torch.device, dtype: torch.dtype) ->
         if cuda:
             case.row["memory_gib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
     except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        case.step = None
+        if not mirl.out_of_memory(error) or mirl.num_processes() > 1:
+            raise  # the other processes would wait for this one
+        give_up(case)
     case.steps = max(mirl.gather(case.steps))
-    if all(mirl.gather(case.step is not None)):
-        return True
+    return case.step is not None
+
+
+def give_up(case: Case) -> None:
     case.row["error"] = "out of memory"
     case.step = case.alone = None
-    return False
 
 
 def without_the_others(model: nn.Module, step: Callable[[], None]) -> Callable[[], None]:
@@ -357,15 +355,25 @@ def measure(cases: list[Case], args: Args, device: torch.device) -> None:
     alone: dict[str, list[float]] = {}
     for window in range(args.windows):
         for case in cases if window % 2 else reversed(cases):
-            if case.alone:  # the first process by itself, to compare with
+            if not case.step:
+                continue
+            try:
+                if device.type == "cuda":
+                    case.step()  # the memory comes back to this model outside of the window
+                if case.alone:  # the first process by itself, to compare with
+                    together()
+                    if mirl.is_main():
+                        seconds = seconds_of(case.alone, case.steps, device)
+                        rates = alone.setdefault(f"{case.label} {case.batch_size}", [])
+                        rates.append(case.batch_size / seconds)
                 together()
-                if mirl.is_main():
-                    seconds = seconds_of(case.alone, case.steps, device)
-                    alone.setdefault(id(case), []).append(case.batch_size / seconds)
-            together()
-            case.seconds.append(seconds_of(case.step, case.steps, device))
+                case.seconds.append(seconds_of(case.step, case.steps, device))
+            except RuntimeError as error:  # it fits by itself, and not beside the others
+                if not mirl.out_of_memory(error) or mirl.num_processes() > 1:
+                    raise
+                give_up(case)
     processes = mirl.num_processes()
-    for case in cases:
+    for case in filter(lambda case: case.step, cases):
         by_rank = mirl.gather([case.batch_size / s for s in case.seconds])  # images/s
         rates = [sum(rates) for rates in zip(*by_rank, strict=True)]
         median = statistics.median(rates)
@@ -378,8 +386,8 @@ def measure(cases: list[Case], args: Args, device: torch.device) -> None:
         )
         if processes > 1:
             case.row["per_process"] = [statistics.median(rates) for rates in by_rank]
-        if id(case) in alone:
-            case.row["scaling"] = median / processes / statistics.median(alone[id(case)])
+        if rates := alone.get(f"{case.label} {case.batch_size}"):
+            case.row["scaling"] = median / processes / statistics.median(rates)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -400,6 +408,7 @@ def header(args: Args, device: torch.device, dtype: torch.dtype) -> dict[str, An
         models = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
         name = models[0].split(":")[1].strip() if models else name
     side, rate = matrix_rate(device, dtype)
+    tf32 = device.type == "cuda" and dtype == torch.float32
     return dict(
         device=f"{device.type}: {name}",
         driver=driver,
@@ -409,7 +418,7 @@ def header(args: Args, device: torch.device, dtype: torch.dtype) -> dict[str, An
         processes=mirl.num_processes(),
         mode=args.mode,
         method=args.method if args.mode == "pretrain" else None,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch.") + (" (TF32)" if tf32 else ""),
         autocast=args.autocast and dtype != torch.float32,
         compile=args.compile,
         windows=args.windows,
@@ -476,8 +485,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.compile:
             mirl.check_compile(device)
         sizes = args.batch_size or ("256" if device.type == "cuda" else "8",)
-        if "auto" in sizes and device.type != "cuda":
-            raise UserError("--batch-size auto needs a CUDA device: elsewhere give a number")
+        if "auto" in sizes and (device.type != "cuda" or mirl.num_processes() > 1):
+            raise UserError("--batch-size auto needs one process on a CUDA device: give a number")
         head = header(args, device, dtype)
         say("  ".join(f"{k} {v}" for k, v in head.items() if v not in (None, False)))
 
@@ -487,10 +496,15 @@ def main(argv: list[str] | None = None) -> None:
             for label, make in makers(name, args).items()
             for size in sizes
         ]
-        for case in cases:
-            (prepare if case.batch_size else largest_that_fits)(case, args, device, dtype)
-        measure([case for case in cases if case.step], args, device)
-        rows = [result(case, args, head["matrix_tflops"]) for case in cases]
+        rows = []
+        # with auto each has the device to itself, else they take turns
+        for turn in [[case] for case in cases] if "auto" in sizes else [cases]:
+            for case in turn:
+                (prepare if case.batch_size else largest_that_fits)(case, args, device, dtype)
+            measure(turn, args, device)
+            rows += [result(case, args, head["matrix_tflops"]) for case in turn]
+            for case in turn:
+                case.step = case.alone = None
         say(table(rows))
         if args.json and mirl.is_main():
             mirl.write_text(Path(args.json), json.dumps(dict(head, rows=rows), indent=2) + "\n")
@@ -499,6 +513,8 @@ def main(argv: list[str] | None = None) -> None:
 def makers(name: str, args: Args) -> dict[str, Callable[[], nn.Module]]:
     """What builds model `name`, ours and the peers', by its label."""
     makes = {name: functools.partial(own, name, args.mode, args.method)}
+    if args.peers and (args.mode, args.method) == ("pretrain", "mirl"):
+        makes[f"{name} (mae)"] = functools.partial(own, name, args.mode, "mae")
     for library in PEERS[args.mode] if args.peers else ():
         makes[f"{name} ({library})"] = functools.partial(peer, library, name, args.mode)
     return makes

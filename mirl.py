@@ -22,11 +22,13 @@ D encoder width; d decoder width; G segments.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -39,6 +41,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +52,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from torchvision import datasets
+from torchvision import datasets, models
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
@@ -171,7 +174,7 @@ def _small(depth, width, heads, segments, decoder_width, decoder_depth, decoder_
     return Config(*sizes, image_size=32, patch_size=4)
 
 
-# [S D, Table 4] and [R]; vit_l for comparison, the last three for images of 32 × 32.
+# [S D, Table 4] and [R]; vit_l for comparison, the last four for images of 32 × 32.
 MODELS = {
     #                   depth     D heads  G    d blocks heads
     "vit_s": Config(12, 384, 12, 4, 384, 2, 16),
@@ -181,6 +184,7 @@ MODELS = {
     "vit_b_48": Config(48, 768, 12, 6, 512, 2, 16),
     "vit_l": Config(24, 1024, 16, 4, 512, 2, 16),
     "vit_ti": _small(12, 192, 3, 4, 128, 2, 4),
+    "vit_ti_24": _small(24, 192, 3, 4, 128, 2, 4),
     "vit_ti_48": _small(48, 192, 3, 6, 128, 2, 4),
     "vit_nano": _small(6, 96, 3, 2, 64, 1, 2),
 }
@@ -474,9 +478,12 @@ def segment_ends(depth: int, segments: int) -> list[int]:
 
 
 class Decoder(nn.Module):
-    """H_g: from the visible tokens of one segment to the pixels of every patch."""
+    """H_g: from the visible tokens of one segment to the pixels of every patch.
 
-    def __init__(self, config: Config):
+    outputs: what to predict a patch instead of its P·P·C pixels.
+    """
+
+    def __init__(self, config: Config, outputs: int | None = None):
         super().__init__()
         d = config.decoder_width
         self.num_patches = config.num_patches
@@ -487,7 +494,7 @@ class Decoder(nn.Module):
             for _ in range(config.decoder_depth)
         )
         self.norm = layer_norm(d)
-        self.head = nn.Linear(d, config.pixels)
+        self.head = nn.Linear(d, outputs or config.pixels)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
         if config.weight_norm:
@@ -499,7 +506,7 @@ class Decoder(nn.Module):
 
     def forward(self, e: Tensor, y: Tensor | None, visible: Tensor) -> Tensor:
         """e: (B, 1+V, d), this segment's class token and visible tokens. y: (B, g·(1+V), d), the
-        embeddings of all earlier segments, or None. visible: (B, V). Returns (B, N, P·P·C)."""
+        embeddings of all earlier segments, or None. visible: (B, V). Returns (B, N, outputs)."""
         cls, tokens = e[:, :1], e[:, 1:]
         background = self.mask_token.to(e.dtype).expand(len(e), self.num_patches, -1)
         x = torch.cat([cls, put(tokens, visible, background)], dim=1)  # (B, 1+N, d)
@@ -512,11 +519,14 @@ class Decoder(nn.Module):
 class MIRLOutput(NamedTuple):
     """What `MIRL.forward` returns. Predictions are float32, in patch-normalised pixel space."""
 
-    loss: Tensor  # (), the mean over the pairs
+    loss: Tensor  # (), the mean over the pairs, plus the weighted terms
     losses: Tensor  # (G/2,), L_g of each pair, detached; (1,) for MAE
     main: tuple[Tensor, ...]  # x̂_g, (B, N, P·P·C) for each pair g
     residual: tuple[Tensor, ...]  # ξ̂_g, likewise; empty for MAE
     mask: Tensor  # bool (B, N), True where a patch was masked
+    visible: Tensor  # int64 (B, V), the other patches
+    features: Tensor  # (B, 1+V, D), what the encoder made of them, normed
+    terms: dict[str, Tensor] = MappingProxyType({})  # further objectives, unweighted, detached
 
 
 class MIRL(nn.Module):
@@ -548,7 +558,8 @@ class MIRL(nn.Module):
             noise = torch.rand(patches.shape[:2], device=images.device)
         visible, mask = random_masking(noise, self.config.mask_ratio)  # (B, V), (B, N)
 
-        predictions = self.decode_segments(take(patches, visible), visible)  # G × (B, N, P·P·C)
+        # G × (B, N, P·P·C), (B, 1+V, D)
+        predictions, features = self.decode_segments(take(patches, visible), visible)
 
         # Pair from the outside in: segment g predicts the main component, G+1−g the residual.
         pairs = max(1, len(predictions) // 2)
@@ -560,11 +571,13 @@ class MIRL(nn.Module):
                 for g in range(pairs)
             ]
         )
-        return MIRLOutput(losses.mean(), losses.detach(), tuple(main), tuple(residual), mask)
+        main, residual = tuple(main), tuple(residual)
+        return MIRLOutput(losses.mean(), losses.detach(), main, residual, mask, visible, features)
 
-    def decode_segments(self, patches: Tensor, visible: Tensor) -> list[Tensor]:
+    def decode_segments(self, patches: Tensor, visible: Tensor) -> tuple[list[Tensor], Tensor]:
         """Visible patches (B, V, P·P·C) and their places (B, V) -> the G decoders' predictions,
-        float32 (B, N, P·P·C) each, in the order of the segments."""
+        float32 (B, N, P·P·C) each, in the order of the segments; and the encoder's output
+        (B, 1+V, D), normed."""
         x = self.encoder.embed(patches, visible)  # (B, 1+V, D)
         # e_0, e_1, …, nearest first; the stream x itself goes on un-normed
         earlier = [self.input_embed(self.input_norm(x))] if self.config.dense else []
@@ -577,13 +590,14 @@ class MIRL(nn.Module):
         ):
             for block in self.encoder.blocks[start:end]:
                 x = block(x)  # z_g at the end
-            e = embed(norm(x))  # e_g: (B, 1+V, d)
+            z = norm(x)
+            e = embed(z)  # e_g: (B, 1+V, d)
             y = torch.cat(earlier, dim=1) if earlier else None  # (B, g·(1+V), d)
             predictions.append(at_least_float32(decoder(e, y, visible)))
             if self.config.dense:
                 earlier.insert(0, e)
             start = end
-        return predictions
+        return predictions, z
 
 
 # ------------------------------------------------------------------------------------------------
@@ -665,6 +679,174 @@ def panels(images: Tensor, out: MIRLOutput, patch_size: int, pair: int = 1) -> T
     shown_residual = unpatchify(residual, patch_size, grid) * channel_std + 0.5
     pictures = [show(x), masked, show(main + residual), shown_residual, show(main)]
     return torch.stack(pictures, dim=1).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The other objectives
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Weights of what the supplement tries beside L; any of them add up. [S B]"""
+
+    omega: float = 0.0  # ω of L†: the main components' own loss
+    feature: float = 0.0  # InfoNCE at the end of the encoder
+    negatives: bool = True  # whether InfoNCE has any
+    vgg: float = 0.0  # the VGG loss
+
+
+class ExtendedMIRL(MIRL):
+    """MIRL, or MAE, with further objectives; `encoder` and `decoders` are the same.
+
+    vgg: `vgg_layers(…)`, on the model's device; it is no part of the state dict. Call
+    `update_momentum` after every step where there is a feature-level loss.
+    """
+
+    def __init__(self, config: Config, objectives: Objectives, vgg: nn.ModuleList | None = None):
+        super().__init__(config)
+        self.objectives = objectives
+        self.vgg = [vgg]  # in a list, so that it is not registered
+        if objectives.vgg and config.channels != 3:
+            raise UserError(f"the VGG loss needs images of 3 channels, not {config.channels}")
+        if objectives.feature:
+            self.feature_embed = nn.Linear(config.width, config.decoder_width).apply(init_weights)
+            two_blocks = replace(config, decoder_depth=2, dense=False, weight_norm=False)
+            self.feature_decoder = Decoder(two_blocks, outputs=config.width)
+            self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> MIRLOutput:
+        """As `MIRL.forward`; `terms` holds "main", "feature" and "vgg" where they have a weight."""
+        out = super().forward(images, noise)
+        patches = at_least_float32(self.encoder.patchify(images))  # (B, N, P·P·C)
+        target, mean, std = normalise_patches(patches)
+        weights, terms = self.objectives, {}
+        if weights.omega:
+            main = [reconstruction_loss(target, out.mask, x) for x in out.main]
+            terms["main"] = (weights.omega, torch.stack(main).mean())
+        if weights.feature:
+            predicted = self.feature_decoder(self.feature_embed(out.features), None, out.visible)
+            with torch.no_grad():
+                features = self.momentum_encoder.forward_features(images)[:, 1:]  # z⁺: (B, N, D)
+            loss = feature_loss(predicted, features, out.mask, weights.negatives)
+            terms["feature"] = (weights.feature, loss)
+        if weights.vgg:
+            residual = out.residual or [0] * len(out.main)
+            losses = []
+            for x, r in zip(out.main, residual, strict=True):
+                mixed = torch.where(out.mask[..., None], (x + r) * std + mean, patches)
+                mixed = unpatchify(mixed, self.config.patch_size, self.config.grid)
+                losses.append(vgg_loss(self.vgg[0], images, mixed))
+            terms["vgg"] = (weights.vgg, torch.stack(losses).mean())
+        loss = out.loss + sum(weight * term for weight, term in terms.values())
+        return out._replace(loss=loss, terms={k: term.detach() for k, (_, term) in terms.items()})
+
+    @torch.no_grad()
+    def update_momentum(self, momentum: float) -> None:
+        """momentum encoder <- momentum · itself + (1 − momentum) · encoder."""
+        if self.objectives.feature:
+            averages = list(self.momentum_encoder.parameters())
+            torch._foreach_lerp_(averages, list(self.encoder.parameters()), 1 - momentum)
+
+
+def feature_momentum(epoch: float, epochs: int) -> float:
+    """From 0.999 to 0.9999 over the first 100 epochs, then towards 0.99999 at the last. [R]"""
+    if epoch < 100:
+        return 0.999 + 0.0009 * epoch / 100
+    return 0.9999 + 0.00009 * (epoch - 100) / max(1, epochs - 100)
+
+
+def feature_loss(
+    predicted: Tensor, features: Tensor, mask: Tensor, negatives: bool = True, tau: float = 0.07
+) -> Tensor:
+    """L = −log( exp(ẑ·z⁺/τ) / (exp(ẑ·z⁺/τ) + Σ_{B−1} exp(ẑ·z⁻/τ)) )   [S B.1, Eq. 1]
+
+    predicted ẑ and the momentum encoder's features z⁺: float (B, N, D), brought to unit length. The
+    negatives z⁻ are the other images' features at the same patch, over all processes; without them
+    it is 2 − 2·cos (BYOL). Mean over the masked patches, mask bool (B, N). Returns a scalar.
+    Raises UserError where negatives are wanted and there is one image.
+    """
+    z, features = (F.normalize(at_least_float32(x), dim=2) for x in (predicted, features))
+    if not negatives:
+        losses = 2 - 2 * (z * features).sum(dim=2)  # (B, N)
+    else:
+        B, N = mask.shape
+        everyone = gather_batch(features)  # (all B, N, D)
+        if len(everyone) < 2:
+            raise UserError(
+                "the feature-level loss needs negatives, and the batch on the devices is one "
+                "image: raise --device-batch-size, or give --feature-negatives none"
+            )
+        scores = torch.einsum("bnd,cnd->nbc", z, everyone) / tau  # (N, B, all B)
+        own = process_rank() * B + torch.arange(B, device=z.device)
+        losses = F.cross_entropy(scores.flatten(0, 1), own.repeat(N), reduction="none")
+        losses = losses.view(N, B).T
+    return (losses * mask).sum() / mask.sum()
+
+
+def gather_batch(x: Tensor) -> Tensor:
+    """x (B, …) of every process as one (processes · B, …); no gradient flows through it."""
+    if num_processes() == 1:
+        return x
+    everyone = x.new_empty(num_processes() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(everyone, x.contiguous())
+    return everyone
+
+
+def vgg_loss(vgg: nn.ModuleList, images: Tensor, mixed: Tensor) -> Tensor:
+    """Σ_ℓ 1/(C_ℓH_ℓW_ℓ) · ‖f_ℓ(x) − f_ℓ(x̃)‖², the mean over the batch. [S B.1, Eq. 2]
+
+    images x, and x̃ with a pair's reconstruction at the masked patches: float (B, 3, H, W),
+    ImageNet-normalised, as VGG expects them. Returns a scalar.
+    """
+    total = 0
+    x = images
+    for layers in vgg:
+        with torch.no_grad():
+            x = layers(x)
+        mixed = layers(mixed)
+        total = total + F.mse_loss(at_least_float32(mixed), at_least_float32(x))
+    return total
+
+
+def vgg_layers(checkpoint: str | None) -> nn.ModuleList:
+    """VGG-16 up to relu1_2, relu2_2, relu3_3 and relu4_3, four frozen parts to run in turn.
+
+    checkpoint: torchvision's state dict of it, of which the features suffice; None downloads the
+    ImageNet weights. Raises UserError where neither can be had.
+    """
+    if checkpoint:
+        with torch.device("meta"):
+            net = models.vgg16()
+        state = load_file(checkpoint)
+        own = {k[9:]: v for k, v in state.items() if k.startswith("features.")}
+        try:
+            net.features.load_state_dict(own, assign=True)
+        except RuntimeError:
+            raise UserError(f"--vgg-checkpoint {checkpoint} is no VGG-16 of torchvision") from None
+    else:
+        try:
+            with rank_zero_first():
+                net = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"--vgg-weight: VGG-16's weights could not be downloaded ({error}); give a file of "
+                "torchvision's vgg16 state dict with --vgg-checkpoint"
+            ) from None
+    ends = (0, 4, 9, 16, 23)  # one past each of the four
+    parts = (net.features[a:b] for a, b in itertools.pairwise(ends))
+    return nn.ModuleList(parts).requires_grad_(False).eval()
+
+
+def gradient_norms(vit: ViT) -> dict[str, Tensor]:
+    """Norms of the gradients of each block's weights, (depth,) each, by kind. [S C, Figure 2]"""
+    kinds = dict(qkv=["attn.qkv"], mlp=["mlp.fc1", "mlp.fc2"], norm=["norm1", "norm2"])
+    kinds |= dict(proj=["attn.proj"])
+
+    def norm(block: nn.Module, names: list[str]) -> Tensor:
+        return nn.utils.get_total_norm([block.get_submodule(n).weight.grad for n in names])
+
+    return {k: torch.stack([norm(b, names) for b in vit.blocks]) for k, names in kinds.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1106,13 +1288,12 @@ def finetune_transform(size: tuple[int, int], randaug: float, erasing: float) ->
     """[S A.1, Table 2]: crop, flip, RandAug of this magnitude (0: none); float32 (3, *size),
     normalised; and random erasing by pixel noise with probability `erasing` [R].
 
-    The crop is random and resized (area 0.08 to 1); images up to 64 pixels are padded by an eighth
-    and cropped.
+    The crop is random and resized (area 0.08 to 1); for sizes up to 64 the whole image, padded by
+    an eighth and cropped at random.
     """
     crop = [v2.RandomResizedCrop(size, interpolation=BICUBIC, antialias=True)]
     if min(size) <= SMALL:
-        resize = v2.Resize(size, interpolation=BICUBIC, antialias=True)
-        crop = [resize, v2.RandomCrop(size, padding=[size[1] // 8, size[0] // 8])]
+        crop = [*whole_image(size), v2.RandomCrop(size, padding=[size[1] // 8, size[0] // 8])]
     steps = [*crop, v2.RandomHorizontalFlip(), *([RandAugment(randaug)] if randaug else [])]
     steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     steps += [v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.RandomErasing(erasing, value="random")]
@@ -1135,10 +1316,15 @@ class InOrder:
 
 
 def evaluation_transform(size: tuple[int, int]) -> Callable:
-    """[R]: the short side to 256/224 of the wanted one, and a central crop; small images whole."""
+    """PIL image -> uint8 (3, *size), without randomness."""
+    return v2.Compose([*whole_image(size), v2.PILToTensor()])
+
+
+def whole_image(size: tuple[int, int]) -> list[Callable]:
+    """The short side to 256/224 of the wanted one and a central crop; sizes up to 64 whole. [R]"""
     share = 256 / 224 if min(size) > SMALL else 1
     shorter = v2.Resize(round(max(size) * share), interpolation=BICUBIC, antialias=True)
-    return v2.Compose([shorter, v2.CenterCrop(size), v2.PILToTensor()])
+    return [shorter, v2.CenterCrop(size)]
 
 
 def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
@@ -1218,22 +1404,24 @@ def parameter_groups(
     return [dict(params=ps, lr=lr, weight_decay=wd) for (lr, wd), ps in groups.items()]
 
 
-def ema_model(model: nn.Module, decay: float) -> AveragedModel:
-    """A moving average of a model's parameters: call its `update_parameters(model)` every step.
+class EMA(AveragedModel):
+    """A moving average of a model's parameters: call `update_parameters(model)` after every step.
 
-    After t updates the decay is min(decay, (1 + t)/(10 + t)), which forgets the start. [R]
+    At update t = 0, 1, … the decay is min(decay, (1 + t)/(10 + t)), to forget the start. [R]
+    torch's own update would wait for the device in every step.
     """
 
-    def update(averages: list[Tensor], parameters: list[Tensor], updates: Tensor) -> None:
-        # torch copies at its first update, so `updates` starts at 1 to make it an update too
-        keep = ((updates + 0.0) / (updates + 9.0)).clamp(max=decay)  # on the device: no waiting
-        steps = torch._foreach_sub(parameters, averages)
-        torch._foreach_mul_(steps, 1 - keep)
-        torch._foreach_add_(averages, steps)
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
 
-    average = AveragedModel(model, multi_avg_fn=torch.no_grad()(update))
-    average.n_averaged.fill_(1)
-    return average
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        t = self.n_averaged.item()  # which lies on the CPU
+        keep = min(self.decay, (1 + t) / (10 + t))
+        averages = list(self.module.parameters())
+        torch._foreach_lerp_(averages, list(model.parameters()), 1 - keep)
+        self.n_averaged += 1
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine") -> float:
@@ -1253,7 +1441,7 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine"
 # Flags that a resumed run may change; with any other, the steps done would not be those of the run.
 RESUME_MAY_CHANGE = ["resume", "out", "recipe", "data", "data_dir", "from_", "device", "dtype"]
 RESUME_MAY_CHANGE += ["device_batch_size", "compile", "workers", "log_every", "tensorboard"]
-RESUME_MAY_CHANGE += ["picture_every", "picture_pair"]
+RESUME_MAY_CHANGE += ["picture_every", "picture_pair", "truncated"]
 CURE = "try a lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
 
 
@@ -1269,7 +1457,7 @@ class Trainer:
 
     model: on its device, not yet wrapped; `trainer.model` is it after --compile and DDP.
     args: the script's flags. data: the training images, of which `shares` gives this rank its own.
-    average: an `ema_model`, updated after every step. `history` holds the epochs' records, the file
+    average: an `EMA`, updated after every step. `history` holds the epochs' records, the file
     `checkpoint` all that goes from one epoch to the next. Raises UserError where --resume finds a
     run of another model, other flags or other data, and for what the machine lacks; nothing is
     written before all of that is known.
@@ -1321,6 +1509,8 @@ class Trainer:
             if len(set(gather(self.start_epoch))) > 1:
                 raise UserError(f"--out {self.out} must be a folder that all nodes share")
         self.epoch, self.step = self.start_epoch, self.start_epoch * steps
+        self.after_step: Callable[[], None] = lambda: None
+        self.diagnose: Callable[[], dict[str, Tensor]] = dict  # vectors to log, before a step
         self.micro = 0  # micro-batches since the last optimiser step
         self.sums: Tensor | None = None  # their losses
         self.names: list[str] = []  # of the losses
@@ -1400,7 +1590,7 @@ class Trainer:
     def _optimise(self) -> None:
         logging = (self.step + 1) % self.args.log_every == 0 or (self.step + 1) % self.steps == 0
         self.scaler.unscale_(self.optimizer)
-        norm = None
+        norm, extra = None, self.diagnose() if logging else {}
         if self.args.clip_grad or logging:
             parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
             norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -1414,17 +1604,18 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.bare)
         self.step += 1
+        self.after_step()
         self.bar.update()
         self.window.append(self.sums)
         self.sums = None
         if logging:
-            self._log(lr, norm)
+            self._log(lr, norm, extra)
 
     def _start_clock(self) -> None:
         self.clock = self.idle_since = time.perf_counter()
         self.waited = 0.0
 
-    def _log(self, lr: float, norm: Tensor) -> None:
+    def _log(self, lr: float, norm: Tensor, extra: dict[str, Tensor]) -> None:
         losses = torch.stack(self.window)  # (steps, terms)
         if num_processes() > 1:
             dist.all_reduce(losses)
@@ -1453,7 +1644,7 @@ class Trainer:
             input_wait=round(self.waited / seconds, 4),
             peak_memory_gib=peak_memory(self.device),
         )
-        self.write(self.record)
+        self.write(self.record | {k: v.tolist() for k, v in extra.items()})
         left = (self.total_steps - self.step) * self.split.batch_size / speed
         text = f"loss {mean[0]:.4f}  lr {lr:.2e}  {speed:.0f} img/s"
         self.bar.set_postfix_str(text)
@@ -1465,20 +1656,25 @@ class Trainer:
         self.window = []
         self._start_clock()
 
+    def check_weights(self) -> None:
+        """Raises TrainingError where the weights are not finite, so that they are not saved."""
+        models = [self.bare, self.average] if self.average else [self.bare]
+        if not all(bool(p.isfinite().all()) for m in models for p in m.parameters()):
+            raise TrainingError(
+                f"the weights after step {self.step} (epoch {self.epoch + 1}) are not finite, so "
+                f"they were not saved; {last_checkpoint(self.out)}; {CURE}"
+            )
+
     def end_epoch(self, epoch: int, **record) -> None:
         """Log the epoch with `record`'s values, and save the checkpoint."""
-        seconds = time.perf_counter() - self.epoch_began
         mean = torch.cat(self.epoch_losses).double().mean(dim=0).tolist()
-        speed = round(self.steps * self.split.batch_size / seconds, 1)
-        last = self.record | dict(zip(self.names, mean, strict=True))
-        last |= dict(kind="epoch", images_per_second=speed, seconds=round(seconds, 2))
+        training = self.clock - self.epoch_began  # up to the last step, which was logged
+        last = self.record | dict(zip(self.names, mean, strict=True)) | dict(kind="epoch")
+        last["images_per_second"] = round(self.steps * self.split.batch_size / training, 1)
+        last["seconds"] = round(time.perf_counter() - self.epoch_began, 2)
         self.history.append(last | record)
         self.write(last | record)
-        if not all(bool(p.isfinite().all()) for p in self.bare.parameters()):
-            raise TrainingError(
-                f"the weights after step {self.step} (epoch {epoch + 1}) are not finite, so they "
-                f"were not saved; {last_checkpoint(self.out)}; {CURE}"
-            )
+        self.check_weights()
         if is_main():
             save_file(
                 self.checkpoint,
@@ -1759,7 +1955,9 @@ def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
     [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
     """
     saved = load_file(path)
-    state = next((saved[k] for k in ("model", "state_dict") if k in saved), saved)
+    state = next(
+        (saved[k] for k in ("model", "state_dict") if isinstance(saved.get(k), dict)), saved
+    )
     weights = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
     if "encoder.cls_token" in weights:  # MIRL's own decoders and segments stay behind
         weights = {k[8:]: v for k, v in weights.items() if k.startswith("encoder.")}
@@ -1779,10 +1977,13 @@ def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
     ends = tuple(optional[:3])
     unused = [k for k in weights if k.startswith(ends) and (k not in own or shapes_differ(k))]
     weights = {k: v for k, v in weights.items() if k not in unused}
-    config, positions = saved.get("config"), weights.get("pos_embed")
+    positions = weights.get("pos_embed")
     if positions is not None and positions.shape[2:] == own["pos_embed"].shape[2:]:
-        grid = Config(**config).grid if config else None
-        weights["pos_embed"] = fit_positions(positions, grid, vit.config)
+        try:
+            grid = Config(**saved["config"]).grid
+        except (KeyError, TypeError):  # not a file of ours
+            grid = None
+        weights["pos_embed"] = fit_positions(positions.float(), grid, vit.config)
     missing = [k for k in own if k not in weights]
     problems = {
         "missing": [k for k in missing if not k.startswith(tuple(optional))],
@@ -1828,7 +2029,7 @@ def fit_positions(table: Tensor, grid: tuple[int, int] | None, config: Config) -
     if torch.allclose(table, sincos_positions(config.width, grid), atol=1e-4):
         return sincos_positions(config.width, config.grid)
     say(f"learned positions resized from {grid} to {config.grid} patches")
-    maps = rearrange(table[:, 1:].float(), "1 (h w) d -> 1 d h w", h=grid[0])
+    maps = rearrange(table[:, 1:], "1 (h w) d -> 1 d h w", h=grid[0])
     maps = F.interpolate(maps, size=config.grid, mode="bicubic", antialias=True)
     return torch.cat([table[:, :1], rearrange(maps, "1 d h w -> 1 (h w) d")], dim=1)
 
@@ -2027,14 +2228,22 @@ def last_checkpoint(out: str | Path) -> str:
     return "no epoch was complete, so there is no checkpoint, and --resume starts anew"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what a device, or torch's allocator on the CPU, raises when it is full."""
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in signs)
+
+
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """main(argv); what the user can mend (wrong input, a file or folder that the system refuses)
     becomes one sentence on stderr and exit code 2, or 1 where a training went wrong."""
     try:
         main(argv)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = TrainingError("the device ran out of memory: lower --device-batch-size")
+    except (UserError, OSError, RuntimeError) as error:
+        if out_of_memory(error):
+            error = TrainingError("the memory does not suffice: lower the (device) batch size")
+        elif not isinstance(error, UserError | OSError):
+            raise
         # an error in a worker process comes with its traceback, and the sentence at the end
         sentence = str(error).strip().splitlines()[-1].removeprefix("mirl.UserError: ")
         if local_rank():

@@ -47,7 +47,6 @@ RECIPES = {
     "quick": dict(
         model="vit_nano",
         data="shapes",
-        train_images=500,
         epochs=40,
         warmup_epochs=4,
         batch_size=32,
@@ -128,7 +127,9 @@ class Args(mirl.TrainingFlags):
         "val/<class>/",
     )
     train_images: int | None = flag(
-        None, "use this many of the training images, drawn by --seed; default all"
+        None,
+        "use this many of the training images, drawn by --seed; default all, but for the quick "
+        "recipe's shapes 500",
     )
     out: str | None = flag(None, "the run's folder; default runs/finetune-<recipe>")
     layer_decay: float | None = flag(
@@ -165,6 +166,8 @@ def parse(argv: list[str] | None = None) -> Args:
     for name, high in highest.items():
         if getattr(args, name) > high:
             raise UserError(f"--{name.replace('_', '-')} must be at most {high}")
+    if args.train_images is None and (args.recipe, args.data) == ("quick", "shapes"):
+        args.train_images = 500
     quick = Path("runs/mirl-quick/encoder.pt")
     if args.from_ is None:
         args.from_ = str(quick) if args.recipe == "quick" and quick.exists() else "scratch"
@@ -189,6 +192,11 @@ def labelled(args: Args, split: str):
             f"--data {args.data}: the {split} images have no labels; they come from the folders "
             "train/<class>/ and val/<class>/"
         )
+    if len(keep) < len(data.images):
+        left = len(data.images) - len(keep)
+        say(
+            f"warning: {left} of the {split} images are in no folder of a class in train/: left out"
+        )
     if split == "train" and args.train_images is not None:
         if args.train_images > len(keep):
             raise UserError(f"--train-images {args.train_images}: there are {len(keep)}")
@@ -210,11 +218,11 @@ def new_model(args: Args, classes: int) -> mirl.ViT:
 def finetuned_model(path: str) -> tuple[mirl.ViT, list[str]]:
     """A model that this script saved, and its classes' names."""
     saved = mirl.load_file(path)
-    classes = saved.get("classes") or saved.get("data", {}).get("classes")
     try:
+        classes = saved.get("classes") or saved["data"]["classes"]
         model = mirl.ViT(mirl.Config(**saved["config"]))
         model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError):
+    except (KeyError, TypeError, AttributeError, RuntimeError):
         classes = None
     if not classes:
         raise UserError(f"--from {path} is no model that this script fine-tuned")
@@ -258,7 +266,8 @@ def outputs(model: nn.Module, loader: mirl.WorkerLoader, dtype: torch.dtype):
 def evaluate(model: mirl.ViT, loader: mirl.WorkerLoader, dtype: torch.dtype) -> dict[str, float]:
     """Top-1 and top-5 in percent and the mean cross-entropy; each image counts exactly once."""
     scored = (score(logits, labels) for logits, labels in outputs(model, loader, dtype))
-    totals = sum(mirl.gather(sum(scored, torch.zeros(4)).double().cpu()))
+    mine = sum(scored, torch.zeros(4, device=loader.device)).cpu().double()
+    totals = sum(mirl.gather(mine))
     top1, top5, loss, n = totals.tolist()
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, val_images=int(n))
 
@@ -317,9 +326,12 @@ def probe(args: Args, train, val, device: torch.device) -> None:
     features = []
     for data in (train, val):
         parts = zip(*outputs(model, in_order(args, data, model.config, device), dtype), strict=True)
-        mine = [torch.cat(part).cpu() for part in parts]
-        features += [torch.cat(part).to(device) for part in zip(*mirl.gather(mine), strict=True)]
+        mine = [torch.cat(part).cpu() for part in parts]  # empty where there is less than a share
+        gathered = zip(*filter(None, mirl.gather(mine)), strict=True)
+        features += [torch.cat(part).to(device) for part in gathered]
     x, labels, queries, truth = features
+    if len(x) < 2:
+        raise UserError(f"--protocol {args.protocol} needs at least 2 training images")
     if args.protocol == "knn":
         scores = knn_scores(x, labels, queries, len(val.classes))
     else:
@@ -383,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
         val_loader = in_order(args, val, config, device)
         mix = mixing(args, config.num_classes)
 
-        average = mirl.ema_model(model, args.ema_decay) if args.ema_decay else None
+        average = mirl.EMA(model, args.ema_decay) if args.ema_decay else None
         models = {"raw": model} | ({"ema": average.module} if average else {})
         groups = mirl.parameter_groups(model, args.lr, args.weight_decay, args.layer_decay)
         trainer = mirl.Trainer(model, args, groups, (0.9, 0.999), shares, train, device, average)
@@ -396,6 +408,7 @@ def main(argv: list[str] | None = None) -> None:
                 smoothing = args.label_smoothing
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 trainer.backward(loss, {})
+            trainer.check_weights()
             scores = {n: evaluate(m, val_loader, trainer.dtype) for n, m in models.items()}
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             corrupt = len(loader.corrupt | val_loader.corrupt)

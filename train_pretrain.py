@@ -19,6 +19,9 @@ at its end encoder.pt, the encoder alone under timm's names.
 """
 
 import dataclasses
+import importlib.util
+import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +85,41 @@ class Args(mirl.TrainingFlags):
     weight_norm: bool | None = flag(
         None, "whether the pixel head is weight-normalised; default yes for mirl, no for mae"
     )
+    truncate: int = flag(
+        0,
+        "leave this many last blocks out; fine-tuning with --truncated starts them at random",
+    )
+    loss: str = flag(
+        "mirl", "mirl, or dagger: the main components' own loss is added", ("mirl", "dagger")
+    )
+    omega: float = flag(1.0, "weight of what --loss dagger adds; 0.1 is gentler")
+    feature_weight: float = flag(
+        0.0, "weight of a feature-level loss at the end of the encoder (InfoNCE); 0: none"
+    )
+    feature_negatives: str = flag(
+        "batch",
+        "the other images on the devices at a time, so accumulation makes them fewer; or none",
+        ("batch", "none"),
+    )
+    vgg_weight: float = flag(0.0, "weight of the loss of VGG-16's activations; 0: none")
+    vgg_checkpoint: str | None = flag(
+        None, "a file with torchvision's vgg16 state dict; default: downloaded"
+    )
+    log_grad_norms: bool = flag(False, "also log the norms of every block's gradients")
+    plot: tuple[str, ...] | None = flag(
+        None,
+        "train nothing; draw losses and logged gradient norms of the runs in these folders into "
+        "--out (default: the first of them); needs pip install -e '.[plot]'",
+    )
     picture_every: int | None = flag(None, "epochs between two pictures; 0: at the end alone")
     picture_pair: int = flag(1, "which pair the pictures show, 1 (outermost) to G/2")
 
 
 def parse(argv: list[str] | None = None) -> Args:
     args = mirl.parse_flags(Args, argv, __doc__, RECIPES)
-    mirl.check_range(args, picture_every=0)
-    mirl.settle(args, f"runs/{args.method}-{args.recipe}")
+    zero = ("picture_every", "truncate", "omega", "feature_weight", "vgg_weight")
+    mirl.check_range(args, **dict.fromkeys(zero, 0))
+    mirl.settle(args, args.plot[0] if args.plot else f"runs/{args.method}-{args.recipe}")
     return args
 
 
@@ -100,16 +130,35 @@ def model_config(args: Args) -> mirl.Config:
         if given.get("segments", 1) != 1 or given.get("dense"):
             raise UserError("--method mae is one segment without dense connections by definition")
         given = mirl.mae_overrides(args.model) | given
-    return mirl.model_config(args.model, **given)
+    config = mirl.model_config(args.model, **given)
+    if args.truncate >= config.depth:
+        raise UserError(f"--truncate {args.truncate} leaves none of the {config.depth} blocks")
+    return dataclasses.replace(config, depth=config.depth - args.truncate)
+
+
+def new_model(args: Args, config: mirl.Config, device: torch.device) -> mirl.MIRL:
+    """MIRL itself, or with the further objectives that the flags ask for."""
+    objectives = mirl.Objectives(
+        omega=args.omega if args.loss == "dagger" else 0.0,
+        feature=args.feature_weight,
+        negatives=args.feature_negatives == "batch",
+        vgg=args.vgg_weight,
+    )
+    if not (objectives.omega or objectives.feature or objectives.vgg):
+        return mirl.MIRL(config).to(device)
+    vgg = mirl.vgg_layers(args.vgg_checkpoint).to(device) if objectives.vgg else None
+    return mirl.ExtendedMIRL(config, objectives, vgg).to(device)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.plot:
+        return plot(args.plot, Path(args.out))
     mirl.check_out(args.out, args.resume)
     with mirl.interruptible(args.out), mirl.processes(args.device) as device:
         torch.manual_seed(args.seed)  # the same initial weights in every process
         config = model_config(args)
-        model = mirl.MIRL(config).to(device)
+        model = new_model(args, config, device)
         if not 1 <= args.picture_pair <= max(1, config.segments // 2):
             raise UserError(
                 f"--picture-pair {args.picture_pair}: the model has {max(1, config.segments // 2)}"
@@ -127,12 +176,20 @@ def main(argv: list[str] | None = None) -> None:
         groups = mirl.parameter_groups(model, args.lr, args.weight_decay)
         trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), loader.shares, data, device)
         trainer.announce(f"{args.method} {args.model}")
+        if args.feature_weight:
+            trainer.after_step = lambda: model.update_momentum(
+                mirl.feature_momentum(trainer.step / trainer.steps, args.epochs)
+            )
+        if args.log_grad_norms:
+            trainer.diagnose = lambda: {
+                f"grad_{kind}": norms for kind, norms in mirl.gradient_norms(model.encoder).items()
+            }
         for epoch in trainer.epochs():
             for images in loader.epoch(epoch):
                 with trainer.forward():
                     out = trainer.model(images)
                 pairs = {f"loss_{g}": loss for g, loss in enumerate(out.losses, start=1)}
-                trainer.backward(out.loss, pairs)
+                trainer.backward(out.loss, pairs | out.terms)
             trainer.end_epoch(epoch, corrupt_files=len(loader.corrupt))
             if args.picture_every and (epoch + 1) % args.picture_every == 0:
                 draw(model, shown, args, f"epoch-{epoch + 1:04d}.png")
@@ -156,13 +213,65 @@ def draw(model: mirl.MIRL, images: torch.Tensor, args: Args, name: str) -> None:
         return
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.rand(len(images), model.config.num_patches, generator=generator)
-    out = model.forward(images, noise.to(images.device))  # around torch.compile's shapes
+    # around torch.compile's shapes, and around objectives that need the other processes
+    out = mirl.MIRL.forward(model, images, noise.to(images.device))
     pictures = mirl.panels(images, out, model.config.patch_size, args.picture_pair)
     pictures = pictures.flatten(0, 1).cpu()  # (8·5, C, H, W)
     zoom = max(1, 96 // max(images.shape[2:]))  # so that small images can be seen
     grid = make_grid(F.interpolate(pictures, scale_factor=zoom), nrow=5, padding=4, pad_value=1)
     with mirl.replacing(Path(args.out) / name) as temporary:
         save_image(grid, temporary)
+
+
+def plot(runs: tuple[str, ...], out: Path) -> None:
+    """losses.png, and gradients.png of the runs that logged gradient norms. [S C, Figure 2]
+
+    Figure 2's rows are blocks 19 to 22 of 24: here the same four from the end.
+    """
+    if not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot needs an extra: pip install -e '.[plot]'")
+    from matplotlib.figure import Figure
+
+    steps, kinds = {}, ("qkv", "mlp", "norm", "proj")
+    for run in runs:
+        path = Path(run) / "metrics.jsonl"
+        if not path.exists():
+            raise UserError(f"--plot {run}: there is no {path}")
+        config = json.loads((Path(run) / "config.json").read_text())
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        label = f"{Path(run).name} ({config['method']} {config['model']})"
+        steps[label] = [line for line in lines if line["kind"] == "step"]
+    out.mkdir(parents=True, exist_ok=True)
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, lines in steps.items():
+        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=label)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    written = [save_figure(figure, out / "losses.png")]
+
+    logged = {k: v for k, v in steps.items() if v and "grad_qkv" in v[0]}
+    if logged:
+        depth = min(len(lines[0]["grad_qkv"]) for lines in logged.values())
+        rows = range(max(0, depth - 6), max(min(depth, 4), depth - 2))
+        figure = Figure(figsize=(12, 2.2 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), len(kinds), squeeze=False, sharex=True)
+        for panel, (block, kind) in zip(grid.flat, itertools.product(rows, kinds), strict=True):
+            for label, lines in logged.items():
+                norms = [line[f"grad_{kind}"][block] for line in lines]
+                panel.plot([line["step"] for line in lines], norms, label=label, linewidth=1)
+            panel.set(yscale="log", title=f"block {block + 1}, {kind}")
+        grid[0][0].legend(fontsize="small")
+        grid[-1][0].set(xlabel="step", ylabel="gradient norm")
+        written.append(save_figure(figure, out / "gradients.png"))
+    say(f"drawn: {', '.join(map(str, written))}")
+
+
+def save_figure(figure, path: Path) -> Path:
+    with mirl.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    return path
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_layer_decay_of_every_parameter():
 
 def test_the_moving_average_follows_its_formula():
     model = nn.Linear(2, 1)
-    average = mirl.ema_model(model, 0.3)
+    average = mirl.EMA(model, 0.3)
     expected = model.weight.detach().clone()
     for t in range(8):
         with torch.no_grad():

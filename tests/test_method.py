@@ -201,7 +201,7 @@ def test_pairs_run_from_the_outside_in():
     model, x = tiny(), images()
     visible, mask = mirl.random_masking(noise(), 0.75)
     patches = mirl.patchify(x, 4)
-    predictions = model.decode_segments(mirl.take(patches, visible), visible)
+    predictions, _ = model.decode_segments(mirl.take(patches, visible), visible)
     out = model(x, noise())
     target = mirl.normalise_patches(patches)[0]
     for g, (shallow, deep) in enumerate([(0, 3), (1, 2)]):
@@ -491,7 +491,7 @@ def test_panels_undo_the_normalisation():
     mask = torch.rand(2, 6) < 0.5
     zero = torch.zeros(())
     residual = 0.3 * torch.randn_like(target)
-    out = mirl.MIRLOutput(zero, zero, (target - residual,), (residual,), mask)
+    out = mirl.MIRLOutput(zero, zero, (target - residual,), (residual,), mask, zero, zero)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mirl.IMAGENET_MEAN, mirl.IMAGENET_STD))
     truth, masked, reconstruction, shown, main = mirl.panels(x, out, 4).unbind(1)
     torch.testing.assert_close(truth, x * std + mean)
@@ -501,7 +501,7 @@ def test_panels_undo_the_normalisation():
     assert torch.equal(masked[hidden], torch.full_like(masked[hidden], 0.5))
     assert torch.equal(masked[~hidden], truth[~hidden])
     assert torch.equal(shown[~hidden], torch.full_like(shown[~hidden], 0.5))
-    without = mirl.MIRLOutput(zero, zero, (target,), (), mask)
+    without = mirl.MIRLOutput(zero, zero, (target,), (), mask, zero, zero)
     torch.testing.assert_close(mirl.panels(x, without, 4)[:, 4], truth)
     with pytest.raises(UserError, match="no pair 2"):
         mirl.panels(x, out, 4, pair=2)

@@ -163,9 +163,12 @@ def test_bf16(capsys, flags, mode):
     ("flags", "message"),
     [
         (["--models", "vit_nope"], "there is no model 'vit_nope'"),
-        (["--batch-size", "0"], "--batch-size takes numbers from 1 and auto, not 0"),
-        (["--batch-size", "8", "many"], "--batch-size takes numbers from 1 and auto, not many"),
-        (["--batch-size", "auto"], "--batch-size auto needs a CUDA device"),
+        (["--batch-size", "0"], "--batch-size takes numbers from 1 to a million and auto, not 0"),
+        (
+            ["--batch-size", "8", "many"],
+            "--batch-size takes numbers from 1 to a million and auto, not many",
+        ),
+        (["--batch-size", "auto"], "--batch-size auto needs one process on a CUDA device"),
         (["--dtype", "fp16"], "--dtype fp16 needs a CUDA device"),
         (["--windows", "0"], "--windows must be at least 1"),
         (["--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
