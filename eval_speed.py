@@ -284,10 +284,10 @@ def seconds_of(run: Callable[[], Any], steps: int, device: torch.device) -> floa
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> tuple[int, float]:
     """The side and TFLOP/s of a large square matrix product: what the device can reach."""
-    n = 8192 if device.type == "cuda" else 2048
+    n, repeats = (8192, 10) if device.type == "cuda" else (2048, 1)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
-    seconds_of(lambda: a @ b, 3, device)
-    best = min(seconds_of(lambda: a @ b, 10, device) for _ in range(3))
+    seconds_of(lambda: a @ b, repeats, device)
+    best = min(seconds_of(lambda: a @ b, repeats, device) for _ in range(5))
     return n, 2 * n**3 / best / 1e12
 
 

@@ -1,12 +1,15 @@
 """What the README says of the code must stay true."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import eval_speed
 import mirl
+import train_finetune
 import train_pretrain
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -36,7 +39,9 @@ def test_the_flags_named_exist():
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     torchruns = {"--nproc-per-node", "--nnodes", "--max-restarts", "--help"}
     torchruns |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
-    flags = {"--" + name.replace("_", "-") for name in train_pretrain.Args.__annotations__}
+    scripts = (train_pretrain, train_finetune, eval_speed)
+    fields = [f.name for script in scripts for f in dataclasses.fields(script.Args)]
+    flags = {"--" + name.strip("_").replace("_", "-") for name in fields}
     assert named - torchruns <= flags | {"--no-dense"}
 
 
