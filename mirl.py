@@ -7,7 +7,7 @@ sum of the two is compared with the image. MAE is the case G = 1 of the same cod
 
 The method comes first, in the order in which it is best read:
     configurations · patches, positions, masking · transformer blocks · the ViT ·
-    segments and decoders · losses and pictures
+    segments and decoders · losses and pictures · the other objectives
 and then what the scripts share:
     data · optimisation · devices and processes · runs on disk · command line
 
