@@ -91,7 +91,7 @@ def parse(argv: list[str] | None = None) -> Args:
     for name in args.models:
         mirl.model_config(name)
     if args.peers:
-        for name in {p for peers in PEERS.values() for p in peers} - {"torchvision"}:
+        for name in PEERS[args.mode]:
             if not importlib.util.find_spec(name):
                 raise UserError(f"--peers needs {name}: pip install -e '.[peers]'")
     if args.json and not Path(args.json).absolute().parent.is_dir():

@@ -732,12 +732,12 @@ class ExtendedMIRL(MIRL):
             terms["feature"] = (weights.feature, loss)
         if weights.vgg:
             residual = out.residual or [0] * len(out.main)
-            losses = []
-            for x, r in zip(out.main, residual, strict=True):
-                mixed = torch.where(out.mask[..., None], (x + r) * std + mean, patches)
-                mixed = unpatchify(mixed, self.config.patch_size, self.config.grid)
-                losses.append(vgg_loss(self.vgg[0], images, mixed))
-            terms["vgg"] = (weights.vgg, torch.stack(losses).mean())
+            mixed = [  # x̃ of each pair
+                torch.where(out.mask[..., None], (x + r) * std + mean, patches)
+                for x, r in zip(out.main, residual, strict=True)
+            ]
+            mixed = unpatchify(torch.cat(mixed), self.config.patch_size, self.config.grid)
+            terms["vgg"] = (weights.vgg, vgg_loss(self.vgg[0], images, mixed))
         loss = out.loss + sum(weight * term for weight, term in terms.values())
         return out._replace(loss=loss, terms={k: term.detach() for k, (_, term) in terms.items()})
 
@@ -794,10 +794,11 @@ def gather_batch(x: Tensor) -> Tensor:
 
 
 def vgg_loss(vgg: nn.ModuleList, images: Tensor, mixed: Tensor) -> Tensor:
-    """Σ_ℓ 1/(C_ℓH_ℓW_ℓ) · ‖f_ℓ(x) − f_ℓ(x̃)‖², the mean over the batch. [S B.1, Eq. 2]
+    """Σ_ℓ 1/(C_ℓH_ℓW_ℓ) · ‖f_ℓ(x) − f_ℓ(x̃)‖², the mean over batch and pairs. [S B.1, Eq. 2]
 
-    images x, and x̃ with a pair's reconstruction at the masked patches: float (B, 3, H, W),
-    ImageNet-normalised, as VGG expects them. Returns a scalar.
+    images x: float (B, 3, H, W), ImageNet-normalised, as VGG expects them. mixed x̃: float
+    (pairs · B, 3, H, W), pair by pair, with its reconstruction at the masked patches. Returns a
+    scalar.
     """
     total = 0
     x = images
@@ -805,7 +806,8 @@ def vgg_loss(vgg: nn.ModuleList, images: Tensor, mixed: Tensor) -> Tensor:
         with torch.no_grad():
             x = layers(x)
         mixed = layers(mixed)
-        total = total + F.mse_loss(at_least_float32(mixed), at_least_float32(x))
+        by_pair = at_least_float32(mixed).unflatten(0, (-1, len(x)))  # (pairs, B, C_ℓ, H_ℓ, W_ℓ)
+        total = total + (by_pair - at_least_float32(x)).square().mean()
     return total
 
 
@@ -1475,7 +1477,7 @@ class Trainer:
         shares: Shares,
         data: ImageTensor | ImageFiles,
         device: torch.device,
-        average: AveragedModel | None = None,
+        average: EMA | None = None,
     ):
         split, steps = shares.split, shares.steps
         self.args, self.split, self.steps, self.device = args, split, steps, device

@@ -413,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             corrupt = len(loader.corrupt | val_loader.corrupt)
             for name, m in models.items():
-                save_model(trainer, f"{name}_top1", record[f"{name}_top1"], name, m, epoch)
+                save_model(trainer, name, m, scores[name]["top1"], epoch)
             say("  ".join(f"{n}: top-1 {s['top1']:.2f} %" for n, s in scores.items()))
             trainer.end_epoch(epoch, **record, corrupt_files=corrupt)
         if mirl.is_main():
@@ -425,13 +425,13 @@ def main(argv: list[str] | None = None) -> None:
             say(f"done: the best model is {path}, top-1 {top1:.2f} % after epoch {epoch}")
 
 
-def save_model(trainer: mirl.Trainer, key: str, top1: float, name: str, model, epoch: int) -> None:
+def save_model(trainer: mirl.Trainer, name: str, model: mirl.ViT, top1: float, epoch: int) -> None:
     """<name>-last.pt, and <name>-best.pt where this epoch is the best one so far."""
     if mirl.is_main():
         saved = dict(model=model.state_dict(), config=dataclasses.asdict(model.config))
         saved |= dict(classes=trainer.data["classes"], epoch=epoch + 1, top1=top1)
         mirl.save_file(trainer.out / f"{name}-last.pt", saved)
-        if all(top1 > record[key] for record in trainer.history):
+        if all(top1 > record[f"{name}_top1"] for record in trainer.history):
             mirl.save_file(trainer.out / f"{name}-best.pt", saved)
 
 

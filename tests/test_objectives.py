@@ -3,12 +3,12 @@
 import functools
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from test_pretrain import ROOT, TORCHRUN, metrics, pretrain
@@ -191,6 +191,8 @@ def test_vgg_loss_against_a_plain_pass_through_torchvisions_vgg(vgg_file):
             C, H, W = a[n].shape
             expected += (a[n] - b[n]).square().sum().item() / (C * H * W) / 2
     assert mirl.vgg_loss(vgg, x, y).item() == pytest.approx(expected)
+    both = mirl.vgg_loss(vgg, x, torch.cat([y, x]))  # two pairs, the second perfect
+    assert both.item() == pytest.approx(expected / 2)
 
 
 @pytest.mark.parametrize("overrides", [{}, MAE])
@@ -296,8 +298,6 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
 
 
 def path_to_tests():
-    import os
-
     return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
@@ -377,4 +377,3 @@ def test_the_unit_length_features_decide(tmp_path):
     z, f = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     mask = torch.ones(2, 3, dtype=torch.bool)
     torch.testing.assert_close(mirl.feature_loss(7 * z, f / 5, mask), mirl.feature_loss(z, f, mask))
-    assert F.normalize(z, dim=2).norm(dim=2).allclose(torch.ones(2, 3))
