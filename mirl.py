@@ -174,7 +174,7 @@ def _small(depth, width, heads, segments, decoder_width, decoder_depth, decoder_
     return Config(*sizes, image_size=32, patch_size=4)
 
 
-# [S D, Table 4] and [R]; vit_l for comparison, the last four for images of 32 × 32.
+# [S D, Table 4] and [R]; vit_l for comparison, the rest for images of 32 × 32.
 MODELS = {
     #                   depth     D heads  G    d blocks heads
     "vit_s": Config(12, 384, 12, 4, 384, 2, 16),
@@ -187,6 +187,9 @@ MODELS = {
     "vit_ti_24": _small(24, 192, 3, 4, 128, 2, 4),
     "vit_ti_48": _small(48, 192, 3, 6, 128, 2, 4),
     "vit_nano": _small(6, 96, 3, 2, 64, 1, 2),
+    "vit_pico_12": _small(12, 64, 2, 4, 32, 1, 2),
+    "vit_pico_24": _small(24, 64, 2, 4, 32, 1, 2),
+    "vit_pico_48": _small(48, 64, 2, 6, 32, 1, 2),
 }
 
 

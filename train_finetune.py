@@ -131,6 +131,9 @@ class Args(mirl.TrainingFlags):
         "use this many of the training images, drawn by --seed; default all, but for the quick "
         "recipe's shapes 500",
     )
+    val_images: int | None = flag(
+        None, "use this many of the validation images, the same in every run; default all"
+    )
     out: str | None = flag(None, "the run's folder; default runs/finetune-<recipe>")
     layer_decay: float | None = flag(
         None,
@@ -161,7 +164,8 @@ def parse(argv: list[str] | None = None) -> Args:
             setattr(args, name, value)
     mirl.settle(args, f"runs/finetune-{args.recipe}")
     natural = ("drop_path", "ema_decay", "randaug", "erasing", "mixup", "cutmix", "label_smoothing")
-    mirl.check_range(args, train_images=1, layer_decay=math.ulp(0), **dict.fromkeys(natural, 0))
+    mirl.check_range(args, train_images=1, val_images=1, layer_decay=math.ulp(0))
+    mirl.check_range(args, **dict.fromkeys(natural, 0))
     highest = dict(erasing=1, label_smoothing=1, layer_decay=1, randaug=10, ema_decay=1)
     for name, high in highest.items():
         if getattr(args, name) > high:
@@ -197,11 +201,13 @@ def labelled(args: Args, split: str):
         say(
             f"warning: {left} of the {split} images are in no folder of a class in train/: left out"
         )
-    if split == "train" and args.train_images is not None:
-        if args.train_images > len(keep):
-            raise UserError(f"--train-images {args.train_images}: there are {len(keep)}")
-        order = torch.Generator().manual_seed(mirl.seed_of("images", args.seed))
-        keep = keep[torch.randperm(len(keep), generator=order)[: args.train_images]]
+    wanted = dict(train=args.train_images, val=args.val_images)[split]
+    if wanted is not None:
+        if wanted > len(keep):
+            raise UserError(f"--{split}-images {wanted}: there are {len(keep)}")
+        seed = mirl.seed_of("images", args.seed if split == "train" else 0)
+        order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(seed))
+        keep = keep[order[:wanted]]
     return mirl.select(data, keep)
 
 

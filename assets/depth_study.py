@@ -1,0 +1,216 @@
+"""The depth study: what pre-training by MIRL and by MAE is worth to encoders of 12, 24, 48 blocks.
+
+Overnight on a CPU, two cells at a time, each on half of the cores:
+    python assets/depth_study.py --jobs 2
+
+On one GPU:
+    python assets/depth_study.py --size gpu
+
+A cell is one method, depth and seed: pre-training, then fine-tuning, a linear probe and nearest
+neighbours, by the project's own scripts, whose commands are printed. The most telling cells come
+first. Each adds a line to results.jsonl in --out as it ends, and a cell that has its line is not
+run again, so a study can be stopped, continued, and given another seed. At the end results.md and
+depth.png are made of what there is; `--draw` makes them and runs nothing.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Per size: the models by depth, and the flags that all of its cells share.
+SIZES = {
+    "cpu": dict(
+        models={12: "vit_pico_12", 24: "vit_pico_24", 48: "vit_pico_48"},
+        pretrain="--epochs 3 --warmup-epochs 0.3 --batch-size 64 --base-lr 8e-3 --picture-every 0",
+        finetune="--train-images 5000 --val-images 2000 --epochs 4 --warmup-epochs 0.4 "
+        "--batch-size 32 --base-lr 8e-3 --ema-decay 0",
+        probe="--train-images 5000 --val-images 2000",
+    ),
+    "gpu": dict(
+        models={12: "vit_ti", 24: "vit_ti_24", 48: "vit_ti_48"},
+        pretrain="--recipe cifar10 --epochs 50 --warmup-epochs 5 --base-lr 1e-3 --picture-every 0",
+        finetune="--recipe cifar10 --epochs 20 --warmup-epochs 2 --ema-decay 0",
+        probe="",
+    ),
+}
+# Deeper encoders get a larger factor, so that the lowest layer's learning rate stays about the
+# same, 0.75^13 of the highest; without pre-training there is nothing to keep. [S A.1]
+LAYER_DECAY = {12: 0.75, 24: 0.86, 48: 0.93}
+METHODS = {
+    "scratch": "no pre-training",
+    "mae": "MAE",
+    "mirl": "MIRL",
+    "sparse": "MIRL without dense connections",
+}
+TRUNCATED = 6  # blocks left out at depth 24: a quarter, as the paper's 3 of 12
+
+
+class Cell(NamedTuple):
+    method: str
+    depth: int
+    truncated: bool
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.depth}{'-truncated' * self.truncated}-seed{self.seed}"
+
+
+def plan(seeds: list[int]) -> list[Cell]:
+    """All cells, the most telling first."""
+    compared = [Cell(m, depth, False, 0) for depth in (48, 24, 12) for m in ("mae", "mirl")]
+    truncated = [Cell(method, 24, True, 0) for method in ("mae", "mirl")]
+    others = [Cell(m, depth, False, 0) for m in ("scratch", "sparse") for depth in (48, 24, 12)]
+    cells = compared + truncated + others
+    return [cell._replace(seed=seed) for seed in seeds for cell in cells]
+
+
+def commands(cell: Cell, size: str, data: str, run: Path, device: str) -> dict[str, list[str]]:
+    """The command lines of a cell, by what they are for, in order."""
+    settings = SIZES[size]
+    common = ["--data", data, "--model", settings["models"][cell.depth], "--seed", str(cell.seed)]
+    common += ["--device", device]
+    encoder, out = "scratch", {}
+    if cell.method != "scratch":
+        encoder = str(run / "pretrain" / "encoder.pt")
+        pretrain = [*settings["pretrain"].split(), *common, "--out", str(run / "pretrain")]
+        pretrain += ["--method", "mae" if cell.method == "mae" else "mirl"]
+        pretrain += ["--no-dense"] if cell.method == "sparse" else []
+        pretrain += ["--truncate", str(TRUNCATED)] if cell.truncated else []
+        out["pretrain"] = ["train_pretrain.py", *pretrain, "--resume"]
+    common += ["--from", encoder]
+    decay = 1 if cell.method == "scratch" else LAYER_DECAY[cell.depth]
+    finetune = [*settings["finetune"].split(), *common, "--layer-decay", str(decay)]
+    finetune += ["--truncated"] if cell.truncated else []
+    out["finetune"] = ["train_finetune.py", *finetune, "--out", str(run / "finetune"), "--resume"]
+    if not cell.truncated:  # whose last blocks are random before fine-tuning
+        for protocol in ("linear", "knn"):
+            flags = [*settings["probe"].split(), *common, "--protocol", protocol]
+            out[protocol] = ["train_finetune.py", *flags]
+    return out
+
+
+def run_cell(cell: Cell, args, threads: int) -> dict:
+    """Run a cell's commands; what results.jsonl keeps of them."""
+    run = args.out / str(cell)
+    result = dict(cell=str(cell), size=args.size, **cell._asdict(), threads=threads)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    for name, command in commands(cell, args.size, args.data, run, args.device).items():
+        print(f"[{cell}] python {shlex.join(command)}", flush=True)
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"[{cell}] {done.stderr.strip() or done.stdout.strip()}")
+        result[f"{name}_seconds"] = round(time.perf_counter() - start, 1)
+        if name in ("linear", "knn"):
+            result[name] = json.loads(done.stdout.splitlines()[-1])["top1"]
+        else:
+            last = json.loads((run / name / "metrics.jsonl").read_text().splitlines()[-1])
+            result |= {"loss": last["loss"]} if name == "pretrain" else {"top1": last["raw_top1"]}
+    return result
+
+
+def summary(results: list[dict]) -> dict[tuple, dict[str, list[float]]]:
+    """(method, depth, truncated) -> measure -> its values, one a seed."""
+    table = {}
+    for line in results:
+        row = table.setdefault((line["method"], line["depth"], line["truncated"]), {})
+        for measure in ("loss", "top1", "linear", "knn"):
+            if measure in line:
+                row.setdefault(measure, []).append(line[measure])
+    return table
+
+
+def write_table(table: dict, path: Path) -> None:
+    lines = ["| depth | pre-training | loss | fine-tuned | linear probe | nearest neighbours |"]
+    lines += ["|---|---|---|---|---|---|"]
+    order = itertools.product((12, 24, 48), METHODS, (False, True))
+    for depth, method, truncated in order:
+        if row := table.get((method, depth, truncated)):
+            name = METHODS[method] + f", {depth - TRUNCATED} blocks" * truncated
+            values = []
+            for measure, digits in (("loss", 3), ("top1", 1), ("linear", 1), ("knn", 1)):
+                seen = row.get(measure, [])
+                mean = f"{statistics.fmean(seen):.{digits}f}" if seen else ""
+                spread = f" ± {statistics.stdev(seen):.{digits}f}" if len(seen) > 1 else ""
+                values.append(mean + spread)
+            lines.append(f"| {depth} | {name} | {' | '.join(values)} |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def draw(table: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    titles = dict(top1="fine-tuned", linear="linear probe", knn="nearest neighbours")
+    panels = figure.subplots(1, len(titles))
+    for (measure, title), axes in zip(titles.items(), panels, strict=True):
+        for colour, (method, label) in zip(("0.6", "C1", "C0", "C2"), METHODS.items(), strict=True):
+            whole = {d: table.get((method, d, False), {}).get(measure, []) for d in (12, 24, 48)}
+            depths = [d for d in whole if whole[d]]
+            means = [statistics.fmean(whole[d]) for d in depths]
+            axes.plot(depths, means, color=colour, label=label)
+            for d in depths:
+                axes.plot([d] * len(whole[d]), whole[d], ".", color=colour)
+            cut = table.get((method, 24, True), {}).get(measure, [])
+            axes.plot([24] * len(cut), cut, "x", color=colour)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([12, 24, 48], ["12", "24", "48"])
+        axes.minorticks_off()
+        axes.set(title=title, xlabel="blocks")
+    panels[0].set_ylabel("top-1, %")
+    panels[0].plot([], [], "x", color="0.3", label=f"last {TRUNCATED} blocks not pre-trained")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="default cpu")
+    parser.add_argument("--data", default="cifar10", help="as for the scripts; default cifar10")
+    parser.add_argument("--out", type=Path, default=Path("runs/depth"), help="default runs/depth")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default 0 1")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; default 1")
+    parser.add_argument("--device", default="auto", help="as for the scripts; default auto")
+    parser.add_argument("--draw", action="store_true", help="draw what there is; run nothing")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "results.jsonl"
+
+    def results() -> list[dict]:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    if not args.draw:
+        done = {line["cell"] for line in results()}
+        todo = [cell for cell in plan(args.seeds) if str(cell) not in done]
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for future in as_completed(
+                [pool.submit(run_cell, cell, args, threads) for cell in todo]
+            ):
+                result = future.result()
+                with path.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                print(json.dumps(result), flush=True)
+    table = summary(results())
+    write_table(table, args.out / "results.md")
+    draw(table, args.out / "depth.png")
+
+
+if __name__ == "__main__":
+    main()
