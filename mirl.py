@@ -1,9 +1,11 @@
 """Masked Image Residual Learning (MIRL, NeurIPS 2023) in one file.
 
-Masked image modelling stops helping in the deep layers of a ViT. MIRL gives those layers a job of
-their own: the encoder is cut into G segments, each with a small decoder. A shallow segment predicts
-the image's *main component* x̂, its deep partner the *image residual* ξ̂ that x̂ missed, and only the
-sum of the two is compared with the image. MAE is the case G = 1 of the same code.
+Masked image modelling pre-trains a ViT without labels: most patches of an image are hidden, and
+their pixels are predicted from the visible ones. It stops helping in the deep layers. MIRL gives
+those layers a job of their own: the encoder is cut into G segments, each with a small decoder. A
+shallow segment predicts the image's *main component* x̂, its deep partner the *image residual* ξ̂
+that x̂ missed, and only the sum of the two is compared with the image. After pre-training the
+decoders are thrown away and the encoder is fine-tuned. MAE is the case G = 1 of the same code.
 
 The method comes first, in the order in which it is best read:
     configurations · patches, positions, masking · transformer blocks · the ViT ·
@@ -16,8 +18,10 @@ and then what the scripts share:
     >>> out.loss.backward()
 
 "[S x]" is section x of the paper's supplementary material, "[R]" a fact of its released code.
-Symbols: B images of C channels and H × W pixels, cut into N patches of P × P; V visible patches;
-D encoder width; d decoder width; G segments.
+Symbols: B images of C channels and H × W pixels, cut into N patches of P × P; V visible patches, M
+the set of the masked ones; D encoder width; d decoder width; G segments, of which number g ends in
+z_g, embedded as e_g; decoder H_g attends to y_g and predicts x̂_g (shallow) or ξ̂_g (deep); L_g is
+the loss of a pair. In the margins h is the number of heads, n and m any number of tokens.
 """
 
 import argparse
@@ -64,6 +68,10 @@ class UserError(ValueError):
     """Wrong input, said in one sentence: the scripts print it and exit with code 2."""
 
 
+class TrainingError(UserError):
+    """Training went wrong: said in one sentence, exit code 1."""
+
+
 # ------------------------------------------------------------------------------------------------
 # Configurations
 # ------------------------------------------------------------------------------------------------
@@ -83,7 +91,7 @@ class Config:
     image_size: int | tuple[int, int] = 224  # H = W, or (H, W)
     patch_size: int = 16  # P
     channels: int = 3  # C
-    dense: bool = True  # decoders attend to the embeddings of all earlier segments
+    dense: bool = True  # decoders also attend to all earlier segments and the encoder's input
     weight_norm: bool = True  # pixel head with columns of unit norm
     mask_ratio: float = 0.75
     mlp_ratio: float = 4.0
@@ -169,14 +177,10 @@ def check_width(width_name: str, width: int, heads_name: str, heads: int) -> Non
         raise UserError(f"{width_name} {width} does not divide into {heads_name} {heads}")
 
 
-def _small(depth, width, heads, segments, decoder_width, decoder_depth, decoder_heads):
-    sizes = (depth, width, heads, segments, decoder_width, decoder_depth, decoder_heads)
-    return Config(*sizes, image_size=32, patch_size=4)
-
+_small = functools.partial(Config, image_size=32, patch_size=4)
 
 # [S D, Table 4] and [R]; vit_l for comparison, the rest for images of 32 × 32.
-MODELS = {
-    #                   depth     D heads  G    d blocks heads
+MODELS = {  # depth, D, heads, G; of each decoder d, blocks, heads
     "vit_s": Config(12, 384, 12, 4, 384, 2, 16),
     "vit_s_54": Config(54, 384, 12, 6, 384, 1, 12),
     "vit_b": Config(12, 768, 12, 4, 512, 2, 16),
@@ -260,7 +264,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     angles = [torch.outer(torch.arange(n, dtype=torch.float64), frequencies) for n in grid]
     rows, columns = (torch.cat([a.sin(), a.cos()], dim=1) for a in angles)  # (n, width/2) each
     h, w = grid
-    table = torch.cat([columns.repeat(h, 1), rows.repeat_interleave(w, dim=0)], dim=1)
+    table = torch.cat([columns.repeat(h, 1), rows.repeat_interleave(w, dim=0)], dim=1)  # (N, width)
     return F.pad(table, (0, 0, 1, 0)).float()[None]
 
 
@@ -294,7 +298,7 @@ def put(x: Tensor, indices: Tensor, background: Tensor) -> Tensor:
 def init_weights(module: nn.Module) -> None:
     """Xavier uniform for linear layers, a patch convolution counting as one; biases zero. [R]"""
     if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # a view, so the weight is filled
         nn.init.zeros_(module.bias)
 
 
@@ -312,6 +316,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        # (B, h, n, D/h) each
         q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, n, D/h)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -328,7 +333,8 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads)
+        q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads)  # (B, h, n, D/h)
+        # (B, h, m, D/h) each
         k, v = rearrange(self.kv(y), "b m (kv h d) -> kv b h m d", kv=2, h=self.heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, n, D/h)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -350,8 +356,9 @@ class Block(nn.Module):
             self.cross_attn = CrossAttention(width, heads)
         self.norm2 = layer_norm(width)
         hidden = int(width * mlp_ratio)
-        layers = dict(fc1=nn.Linear(width, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, width))
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(width, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, width))
+        )
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # (B, n, D), (B, m, D)
@@ -379,7 +386,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.width, kernel_size=P, stride=P)
 
     def forward(self, patches: Tensor) -> Tensor:
-        weight = rearrange(self.proj.weight, "d c p q -> d (p q c)")
+        weight = rearrange(self.proj.weight, "d c p q -> d (p q c)")  # (D, P·P·C)
         return F.linear(patches, weight, self.proj.bias)
 
 
@@ -430,9 +437,10 @@ class ViT(nn.Module):
         visible: int64 (B, V), the places that the patches come from; None for all N in order.
         """
         cls_position, positions = self.pos_embed.split([1, self.config.num_patches], dim=1)
-        positions = positions if visible is None else positions[0][visible]  # (B, V, D)
+        positions = positions if visible is None else positions[0][visible]  # (1, N, D), (B, V, D)
         x = self.patch_embed(patches) + positions  # (B, V, D)
-        cls = (self.cls_token + cls_position).to(x.dtype).expand(len(x), -1, -1)
+        # cls_position is zero in our table, but not in a learned one that was loaded
+        cls = (self.cls_token + cls_position).to(x.dtype).expand(len(x), -1, -1)  # (B, 1, D)
         return torch.cat([cls, x], dim=1)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -445,9 +453,9 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.forward_features(images)  # (B, 1+N, D)
         if self.config.pool == "mean":
-            x = x[:, 1:].mean(dim=1)
+            x = x[:, 1:].mean(dim=1)  # (B, D)
         elif self.config.pool == "cls":
-            x = x[:, 0]
+            x = x[:, 0]  # (B, D)
         return self.head(self.fc_norm(x))
 
     def intermediate_features(self, images: Tensor, blocks: list[int] | None = None):
@@ -483,7 +491,7 @@ def segment_ends(depth: int, segments: int) -> list[int]:
 class Decoder(nn.Module):
     """H_g: from the visible tokens of one segment to the pixels of every patch.
 
-    outputs: what to predict a patch instead of its P·P·C pixels.
+    outputs: how many numbers to predict for each patch; None: its P·P·C pixels.
     """
 
     def __init__(self, config: Config, outputs: int | None = None):
@@ -501,22 +509,30 @@ class Decoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
         if config.weight_norm:
-            # dim=1, not the default 0: the columns of the (out, in) weight have unit norm [R]
+            # dim=1, not the default 0: the columns of the (out, in) weight have unit norm; torch
+            # keeps a magnitude (original0) beside the direction, which stays 1 here [R]
             nn.utils.parametrizations.weight_norm(self.head, dim=1)
             magnitude = self.head.parametrizations.weight.original0
             magnitude.data.fill_(1)
             magnitude.requires_grad_(False)
 
     def forward(self, e: Tensor, y: Tensor | None, visible: Tensor) -> Tensor:
-        """e: (B, 1+V, d), this segment's class token and visible tokens. y: (B, g·(1+V), d), the
-        embeddings of all earlier segments, or None. visible: (B, V). Returns (B, N, outputs)."""
-        cls, tokens = e[:, :1], e[:, 1:]
-        background = self.mask_token.to(e.dtype).expand(len(e), self.num_patches, -1)
+        """e_g: (B, 1+V, d), this segment's class token and visible tokens. y_g: (B, g·(1+V), d),
+        the embeddings of all earlier segments and of the encoder's input, or None. visible: (B, V).
+        Returns (B, N, outputs)."""
+        cls, tokens = e[:, :1], e[:, 1:]  # (B, 1, d), (B, V, d)
+        # under autocast e is in half precision, and `put` wants one dtype
+        background = self.mask_token.to(e.dtype).expand(len(e), self.num_patches, -1)  # (B, N, d)
         x = torch.cat([cls, put(tokens, visible, background)], dim=1)  # (B, 1+N, d)
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x, y)
-        return self.head(self.norm(x[:, 1:]))  # class token dropped
+        return self.head(self.norm(x[:, 1:]))  # (B, N, outputs); the class token is dropped
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Out of autocast's half precision, for the loss; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class MIRLOutput(NamedTuple):
@@ -533,7 +549,7 @@ class MIRLOutput(NamedTuple):
 
 
 class MIRL(nn.Module):
-    """The encoder cut into G segments, each with a decoder; MAE when G = 1 and not `dense`.
+    """The encoder cut into G segments, each with a decoder; MAE with `mae_overrides`.
 
     Segment g ends after block ceil(g·depth/G). Raises UserError for an impossible configuration.
     """
@@ -559,7 +575,7 @@ class MIRL(nn.Module):
         patches = self.encoder.patchify(images)  # (B, N, P·P·C)
         if noise is None:
             noise = torch.rand(patches.shape[:2], device=images.device)
-        visible, mask = random_masking(noise, self.config.mask_ratio)  # (B, V), (B, N)
+        visible, mask = random_masking(noise, self.config.mask_ratio)  # (B, V); M: (B, N)
 
         # G × (B, N, P·P·C), (B, 1+V, D)
         predictions, features = self.decode_segments(take(patches, visible), visible)
@@ -567,22 +583,19 @@ class MIRL(nn.Module):
         # Pair from the outside in: segment g predicts the main component, G+1−g the residual.
         pairs = max(1, len(predictions) // 2)
         main, residual = predictions[:pairs], predictions[pairs:][::-1]  # x̂_g, ξ̂_g
-        target = normalise_patches(at_least_float32(patches))[0]
-        losses = torch.stack(
-            [
-                reconstruction_loss(target, mask, main[g], residual[g] if residual else None)
-                for g in range(pairs)
-            ]
-        )
-        main, residual = tuple(main), tuple(residual)
+        target = normalise_patches(at_least_float32(patches))[0]  # x: (B, N, P·P·C)
+        sums = zip(main, residual or (None,) * pairs, strict=True)  # MAE has no residual
+        losses = torch.stack([reconstruction_loss(target, mask, *pair) for pair in sums])  # L_g
         return MIRLOutput(losses.mean(), losses.detach(), main, residual, mask, visible, features)
 
-    def decode_segments(self, patches: Tensor, visible: Tensor) -> tuple[list[Tensor], Tensor]:
+    def decode_segments(
+        self, patches: Tensor, visible: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Visible patches (B, V, P·P·C) and their places (B, V) -> the G decoders' predictions,
         float32 (B, N, P·P·C) each, in the order of the segments; and the encoder's output
         (B, 1+V, D), normed."""
         x = self.encoder.embed(patches, visible)  # (B, 1+V, D)
-        # e_0, e_1, …, nearest first; the stream x itself goes on un-normed
+        # e_{g−1}, …, e_1, e_0: nearest first, e_0 being the encoder's input
         earlier = [self.input_embed(self.input_norm(x))] if self.config.dense else []
         predictions = []
         start = 0
@@ -592,25 +605,21 @@ class MIRL(nn.Module):
             ends, norms, self.segment_embeds, self.decoders, strict=True
         ):
             for block in self.encoder.blocks[start:end]:
-                x = block(x)  # z_g at the end
-            z = norm(x)
-            e = embed(z)  # e_g: (B, 1+V, d)
-            y = torch.cat(earlier, dim=1) if earlier else None  # (B, g·(1+V), d)
+                x = block(x)
+            # x is z_g now; it goes on un-normed, and H_g gets a normed copy
+            features = norm(x)  # (B, 1+V, D)
+            e = embed(features)  # e_g: (B, 1+V, d)
+            y = torch.cat(earlier, dim=1) if earlier else None  # y_g: (B, g·(1+V), d)
             predictions.append(at_least_float32(decoder(e, y, visible)))
             if self.config.dense:
                 earlier.insert(0, e)
             start = end
-        return predictions, z
+        return tuple(predictions), features
 
 
 # ------------------------------------------------------------------------------------------------
 # Losses and pictures
 # ------------------------------------------------------------------------------------------------
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Out of autocast's half precision, for the loss; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -636,15 +645,13 @@ def reconstruction_loss(
     return (error.square().mean(dim=-1) * mask).sum() / mask.sum()
 
 
-BICUBIC = InterpolationMode.BICUBIC
-SMALL = 64  # images up to this side are used whole
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @functools.cache
 def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation as (3, 1, 1), made once a device: copying them there would wait for it."""
+    """Mean and deviation as (3, 1, 1), made once per device: a copy to it would wait for it."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).view(2, 3, 1, 1)
     return mean, std
 
@@ -669,6 +676,7 @@ def panels(images: Tensor, out: MIRLOutput, patch_size: int, pair: int = 1) -> T
     x = patchify(images, patch_size)
     _, patch_mean, patch_std = normalise_patches(x)
     mask = out.mask[..., None]
+    # x̂ gets the patch's mean and ξ̂ none, so that they still add up
     main = torch.where(mask, out.main[pair - 1] * patch_std + patch_mean, x)
     residual = torch.zeros_like(x)
     if out.residual:
@@ -691,12 +699,12 @@ def panels(images: Tensor, out: MIRLOutput, patch_size: int, pair: int = 1) -> T
 
 @dataclass(frozen=True)
 class Objectives:
-    """Weights of what the supplement tries beside L; any of them add up. [S B]"""
+    """Weights of the supplement's other losses, 0 for none; any combination adds up. [S B]"""
 
-    omega: float = 0.0  # ω of L†: the main components' own loss
-    feature: float = 0.0  # InfoNCE at the end of the encoder
-    negatives: bool = True  # whether InfoNCE has any
-    vgg: float = 0.0  # the VGG loss
+    omega: float = 0.0  # ω of L†: each main component alone is compared with the image too
+    feature: float = 0.0  # InfoNCE: tell the image's own features from those of other images
+    negatives: bool = True  # False: no other images, 2 − 2·cos to the own features (BYOL)
+    vgg: float = 0.0  # difference of VGG-16's activations for the image and its reconstruction
 
 
 class ExtendedMIRL(MIRL):
@@ -722,15 +730,16 @@ class ExtendedMIRL(MIRL):
         """As `MIRL.forward`; `terms` holds "main", "feature" and "vgg" where they have a weight."""
         out = super().forward(images, noise)
         patches = at_least_float32(self.encoder.patchify(images))  # (B, N, P·P·C)
-        target, mean, std = normalise_patches(patches)
+        target, mean, std = normalise_patches(patches)  # (B, N, P·P·C), (B, N, 1), (B, N, 1)
         weights, terms = self.objectives, {}
         if weights.omega:
             main = [reconstruction_loss(target, out.mask, x) for x in out.main]
             terms["main"] = (weights.omega, torch.stack(main).mean())
         if weights.feature:
+            # ẑ and z⁺: (B, N, D) each
             predicted = self.feature_decoder(self.feature_embed(out.features), None, out.visible)
             with torch.no_grad():
-                features = self.momentum_encoder.forward_features(images)[:, 1:]  # z⁺: (B, N, D)
+                features = self.momentum_encoder.forward_features(images)[:, 1:]
             loss = feature_loss(predicted, features, out.mask, weights.negatives)
             terms["feature"] = (weights.feature, loss)
         if weights.vgg:
@@ -739,6 +748,7 @@ class ExtendedMIRL(MIRL):
                 torch.where(out.mask[..., None], (x + r) * std + mean, patches)
                 for x, r in zip(out.main, residual, strict=True)
             ]
+            # (pairs·B, 3, H, W)
             mixed = unpatchify(torch.cat(mixed), self.config.patch_size, self.config.grid)
             terms["vgg"] = (weights.vgg, vgg_loss(self.vgg[0], images, mixed))
         loss = out.loss + sum(weight * term for weight, term in terms.values())
@@ -774,14 +784,15 @@ def feature_loss(
         losses = 2 - 2 * (z * features).sum(dim=2)  # (B, N)
     else:
         B, N = mask.shape
-        everyone = gather_batch(features)  # (all B, N, D)
+        everyone = gather_batch(features)  # z⁺ and z⁻: (all B, N, D)
         if len(everyone) < 2:
             raise UserError(
                 "the feature-level loss needs negatives, and the batch on the devices is one "
                 "image: raise --device-batch-size, or give --feature-negatives none"
             )
+        # Eq. 1 is the cross-entropy of picking the image's own z⁺ among those of all images
         scores = torch.einsum("bnd,cnd->nbc", z, everyone) / tau  # (N, B, all B)
-        own = process_rank() * B + torch.arange(B, device=z.device)
+        own = process_rank() * B + torch.arange(B, device=z.device)  # (B,), where z⁺ is in them
         losses = F.cross_entropy(scores.flatten(0, 1), own.repeat(N), reduction="none")
         losses = losses.view(N, B).T
     return (losses * mask).sum() / mask.sum()
@@ -799,16 +810,16 @@ def gather_batch(x: Tensor) -> Tensor:
 def vgg_loss(vgg: nn.ModuleList, images: Tensor, mixed: Tensor) -> Tensor:
     """Σ_ℓ 1/(C_ℓH_ℓW_ℓ) · ‖f_ℓ(x) − f_ℓ(x̃)‖², the mean over batch and pairs. [S B.1, Eq. 2]
 
-    images x: float (B, 3, H, W), ImageNet-normalised, as VGG expects them. mixed x̃: float
-    (pairs · B, 3, H, W), pair by pair, with its reconstruction at the masked patches. Returns a
-    scalar.
+    f_ℓ: the activations after part ℓ of `vgg_layers`. images x: float (B, 3, H, W),
+    ImageNet-normalised, as VGG expects them. mixed x̃: float (pairs · B, 3, H, W), pair by pair,
+    with its reconstruction at the masked patches. Returns a scalar.
     """
     total = 0
     x = images
     for layers in vgg:
         with torch.no_grad():
-            x = layers(x)
-        mixed = layers(mixed)
+            x = layers(x)  # f_ℓ(x)
+        mixed = layers(mixed)  # f_ℓ(x̃)
         by_pair = at_least_float32(mixed).unflatten(0, (-1, len(x)))  # (pairs, B, C_ℓ, H_ℓ, W_ℓ)
         total = total + (by_pair - at_least_float32(x)).square().mean()
     return total
@@ -824,7 +835,9 @@ def vgg_layers(checkpoint: str | None) -> nn.ModuleList:
         with torch.device("meta"):
             net = models.vgg16()
         state = load_file(checkpoint)
-        own = {k[9:]: v for k, v in state.items() if k.startswith("features.")}
+        own = {
+            k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")
+        }
         try:
             net.features.load_state_dict(own, assign=True)
         except RuntimeError:
@@ -838,7 +851,7 @@ def vgg_layers(checkpoint: str | None) -> nn.ModuleList:
                 f"--vgg-weight: VGG-16's weights could not be downloaded ({error}); give a file of "
                 "torchvision's vgg16 state dict with --vgg-checkpoint"
             ) from None
-    ends = (0, 4, 9, 16, 23)  # one past each of the four
+    ends = (0, 4, 9, 16, 23)  # the four activations are layers 3, 8, 15 and 22
     parts = (net.features[a:b] for a, b in itertools.pairwise(ends))
     return nn.ModuleList(parts).requires_grad_(False).eval()
 
@@ -858,6 +871,8 @@ def gradient_norms(vit: ViT) -> dict[str, Tensor]:
 # Data
 # ------------------------------------------------------------------------------------------------
 
+BICUBIC = InterpolationMode.BICUBIC
+SMALL = 64  # images up to this side are used whole
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("stripes", "checks", "dots", "rings")
 
@@ -881,9 +896,10 @@ class ImageFiles(NamedTuple):
 def make_shapes(count: int, seed: int) -> ImageTensor:
     """The embedded data set: `count` generated 32 × 32 colour images of 16 classes.
 
-    A class is one of four shapes filled with one of four textures, from a light colour to a dark
-    one, on such a slope; place, size, angle and colours vary. The shape is what a main component
-    can show, the texture what is left to the residual. The same seed gives the same images.
+    A class is one of four shapes filled with one of four textures, which go between a light and a
+    dark colour, as the slope behind them does; place, size, angle and colours vary. The shape is
+    what a main component can show, the texture what is left to the residual. The same seed gives
+    the same images.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = [_draw_shapes(min(1000, count - i), generator) for i in range(0, count, 1000)]
@@ -891,7 +907,9 @@ def make_shapes(count: int, seed: int) -> ImageTensor:
     return ImageTensor(images, labels, [f"{s} of {t}" for s in SHAPES for t in TEXTURES])
 
 
-def _draw_shapes(n: int, generator: torch.Generator, size: int = 32) -> tuple[Tensor, Tensor]:
+def _draw_shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    size = 32
+
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
@@ -968,13 +986,53 @@ def select(data, indices: Tensor):
     return data._replace(images=images, labels=data.labels[indices])
 
 
+def seed_of(purpose: str, *parts: int) -> int:
+    """One well-mixed 63-bit seed from a purpose and several numbers, the same everywhere."""
+    digest = hashlib.sha256(repr((purpose, *parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Split(NamedTuple):
+    """How an effective batch is cut: batch_size = processes · accumulation · device_batch_size."""
+
+    batch_size: int
+    device_batch_size: int
+    accumulation: int
+
+
+def split_batch(batch_size: int, device_batch_size: int | None, limit: int) -> Split:
+    """Cut the effective batch over the processes and into micro-batches.
+
+    Without a device batch size, the largest one up to `limit` that comes out even. Raises
+    UserError, with one that works, where the wished one does not.
+    """
+    processes = num_processes()
+    if batch_size % processes:
+        nearest = max(1, round(batch_size / processes)) * processes
+        raise UserError(
+            f"--batch-size {batch_size} does not divide over {processes} processes: try {nearest}"
+        )
+    share = batch_size // processes
+
+    def largest(limit: int) -> int:
+        return max(d for d in range(1, min(limit, share) + 1) if share % d == 0)
+
+    size = device_batch_size or largest(limit)
+    if share % size:
+        raise UserError(
+            f"--device-batch-size {size} does not divide the {share} images that each of "
+            f"{processes} process(es) takes of --batch-size {batch_size}: try {largest(size)}"
+        )
+    return Split(batch_size, size, share // size)
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """Single images, each transformed at random in its own way: what worker processes run.
 
     data: ImageTensor or ImageFiles. transform: takes a PIL image. Indexed with (epoch, i): the same
-    pair gives the same picture, whichever process makes it. Returns (image, label, bad): where file
-    i cannot be read, the next one that can stands in for it and bad is i (else −1), so that every
-    batch keeps its size and nothing fails unseen; without `labelled` stand-ins, their label is −1.
+    pair gives the same picture, whichever process makes it. Returns (image, label, bad). Where file
+    i cannot be read, the next readable one stands in and bad is i (else −1), so that every batch
+    keeps its size and nothing fails unseen; a stand-in has its own label if `labelled`, else −1.
     Raises UserError where no file can be read.
     """
 
@@ -1063,7 +1121,7 @@ def cubic_weights(start: Tensor, extent: Tensor, n_in: int, n_out: int) -> Tenso
     Row j holds the weights of the input pixels in output pixel j, when the interval
     [start, start + extent), in input pixels, float (B,), is stretched over n_out pixels.
     """
-    scale = (extent / n_out)[:, None, None]  # input pixels an output pixel
+    scale = (extent / n_out)[:, None, None]  # input pixels per output pixel
     out_pixels = torch.arange(n_out, device=start.device)[:, None] + 0.5
     in_pixels = torch.arange(n_in, device=start.device) + 0.5
     centres = start[:, None, None] + out_pixels * scale  # (B, n_out, 1)
@@ -1125,7 +1183,7 @@ class Shares:
     do not fill one effective batch.
     """
 
-    def __init__(self, n: int, split: "Split", seed: int):
+    def __init__(self, n: int, split: Split, seed: int):
         self.n, self.split, self.seed, self.epoch = n, split, seed, 0
         self.steps = n // split.batch_size  # optimiser steps an epoch
         if not self.steps:
@@ -1158,7 +1216,7 @@ class PretrainLoader:
 
     crop_scale = (0.2, 1.0)
 
-    def __init__(self, data, size: tuple[int, int], split: "Split", seed: int, device, workers=0):
+    def __init__(self, data, size: tuple[int, int], split: Split, seed: int, device, workers=0):
         self.shares = Shares(len(data.images), split, seed)
         self.data, self.size, self.device = data, size, device
         if isinstance(data, ImageTensor):
@@ -1272,17 +1330,17 @@ class RandAugment(nn.Module):
     mode RGB; random numbers come from torch's global generator.
     """
 
-    def __init__(self, magnitude: float = 9.0, deviation: float = 0.5, operations: int = 2):
+    def __init__(self, magnitude: float):
         super().__init__()
-        self.magnitude, self.deviation, self.operations = magnitude, deviation, operations
+        self.magnitude = magnitude
 
     def strength(self) -> float:
         """A draw of the magnitude, as a share of 10."""
-        drawn = self.magnitude + self.deviation * torch.randn(()).item()
+        drawn = self.magnitude + 0.5 * torch.randn(()).item()
         return min(max(drawn / 10, 0.0), 1.0)
 
     def forward(self, image):
-        for _ in range(self.operations):
+        for _ in range(2):
             name = list(AUGMENTATIONS)[torch.randint(len(AUGMENTATIONS), ()).item()]
             if torch.rand(()) < 0.5:
                 image = AUGMENTATIONS[name](image, self.strength())
@@ -1309,15 +1367,15 @@ class InOrder:
     """This rank's share of n images, each exactly once over all ranks: a batch sampler."""
 
     def __init__(self, n: int, batch_size: int):
-        self.n, self.batch_size, self.epoch = n, batch_size, 0
+        self.mine = range(process_rank(), n, num_processes())
+        self.batch_size, self.epoch = batch_size, 0
 
     def __len__(self) -> int:
-        return -(-len(range(process_rank(), self.n, num_processes())) // self.batch_size)
+        return -(-len(self.mine) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        mine = range(process_rank(), self.n, num_processes())
-        for i in range(0, len(mine), self.batch_size):
-            yield [(0, k) for k in mine[i : i + self.batch_size]]
+        for i in range(0, len(self.mine), self.batch_size):
+            yield [(0, k) for k in self.mine[i : i + self.batch_size]]
 
 
 def evaluation_transform(size: tuple[int, int]) -> Callable:
@@ -1345,46 +1403,6 @@ def fixed_images(data, size: tuple[int, int], count: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-def seed_of(purpose: str, *parts: int) -> int:
-    """One well-mixed 63-bit seed from a purpose and several numbers, the same everywhere."""
-    digest = hashlib.sha256(repr((purpose, *parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-class Split(NamedTuple):
-    """How an effective batch is cut: batch_size = processes · accumulation · device_batch_size."""
-
-    batch_size: int
-    device_batch_size: int
-    accumulation: int
-
-
-def split_batch(batch_size: int, device_batch_size: int | None, limit: int) -> Split:
-    """Cut the effective batch over the processes and into micro-batches.
-
-    Without a device batch size, the largest one up to `limit` that comes out even. Raises
-    UserError, with one that works, where the wished one does not.
-    """
-    processes = num_processes()
-    if batch_size % processes:
-        nearest = max(1, round(batch_size / processes)) * processes
-        raise UserError(
-            f"--batch-size {batch_size} does not divide over {processes} processes: try {nearest}"
-        )
-    share = batch_size // processes
-
-    def largest(limit: int) -> int:
-        return max(d for d in range(1, min(limit, share) + 1) if share % d == 0)
-
-    size = device_batch_size or largest(limit)
-    if share % size:
-        raise UserError(
-            f"--device-batch-size {size} does not divide the {share} images that each of "
-            f"{processes} process(es) takes of --batch-size {batch_size}: try {largest(size)}"
-        )
-    return Split(batch_size, size, share // size)
-
-
 def layer_of(name: str, depth: int) -> int:
     """The layer that layer-wise lr decay counts a parameter to: 0 for the class token, positions
     and patch embedding, k + 1 for block k, depth + 1 for the rest. [S A.1]"""
@@ -1396,8 +1414,8 @@ def layer_of(name: str, depth: int) -> int:
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """AdamW's groups: no weight decay on biases, norms, and the class and mask tokens; in layer l
-    of a ViT a learning rate of lr · layer_decay^(depth + 1 − l). [S A.1]"""
+    """AdamW's groups: no weight decay on biases and norms, nor (our choice) on class and mask
+    tokens; in layer l of a ViT a learning rate of lr · layer_decay^(depth + 1 − l). [S A.1]"""
     depth = model.config.depth
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, p in model.named_parameters():
@@ -1908,10 +1926,6 @@ def peak_memory(device: torch.device) -> float | None:
 # ------------------------------------------------------------------------------------------------
 
 
-class TrainingError(UserError):
-    """Training went wrong: said in one sentence, exit code 1."""
-
-
 def save_file(path: Path, state: dict[str, Any]) -> None:
     """torch.save under a temporary name in the same folder, moved into place when complete."""
     with replacing(path) as temporary:
@@ -1965,7 +1979,9 @@ def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
     )
     weights = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
     if "encoder.cls_token" in weights:  # MIRL's own decoders and segments stay behind
-        weights = {k[8:]: v for k, v in weights.items() if k.startswith("encoder.")}
+        weights = {
+            k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")
+        }
     weights = {k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))}
     own = vit.state_dict()
     if not weights.keys() & own.keys():

@@ -14,6 +14,7 @@ depth.png are made of what there is; `--draw` makes them and runs nothing.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -188,6 +189,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="as for the scripts; default auto")
     parser.add_argument("--draw", action="store_true", help="draw what there is; run nothing")
     args = parser.parse_args()
+    if not importlib.util.find_spec("matplotlib"):
+        parser.error("the figure needs an extra: pip install -e '.[plot]'")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.jsonl"
