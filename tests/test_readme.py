@@ -18,12 +18,12 @@ LINKS = re.findall(r"\[`([\w.]+)`\]\(mirl\.py#L(\d+)\)", README)
 
 
 def line_of(name: str) -> int:
-    last = name.split(".")[-1]
-    return next(
-        i
-        for i, line in enumerate(SOURCE, 1)
-        if re.match(rf"\s*(def|class) {last}\b|{last} = ", line)
-    )
+    """Where a class, function or constant, or a class's method, is defined."""
+    line = 0
+    for part in name.split("."):
+        definition = rf"\s*(def|class) {part}\b|{part} = "
+        line = next(i for i, s in enumerate(SOURCE, 1) if i > line and re.match(definition, s))
+    return line
 
 
 @pytest.mark.parametrize(("name", "line"), sorted(set(LINKS)))
