@@ -1509,10 +1509,6 @@ class Trainer:
         self.checkpoint = self.out / "checkpoint.pt"
         self.total_steps = args.epochs * steps
         self.dtype = pick_dtype(args.dtype, device)
-        if args.compile:
-            check_compile(device)
-        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-            raise UserError("--tensorboard needs an extra: pip install -e '.[tensorboard]'")
         warmup = round(args.warmup_epochs * steps)
 
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
@@ -1888,6 +1884,15 @@ def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
     if flag == "fp16" and device.type != "cuda":
         raise UserError(f"--dtype fp16 needs a CUDA device, not {device.type}; use bf16 or fp32")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[flag]
+
+
+def check_machine(args, device: torch.device) -> None:
+    """Raises UserError where --dtype, --compile or --tensorboard ask for what is not here."""
+    pick_dtype(args.dtype, device)
+    if args.compile:
+        check_compile(device)
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs an extra: pip install -e '.[tensorboard]'")
 
 
 def check_compile(device: torch.device) -> None:

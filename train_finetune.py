@@ -376,6 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     if training:
         mirl.check_out(args.out, args.resume)
     with mirl.interruptible(args.out if training else None), mirl.processes(args.device) as device:
+        mirl.check_machine(args, device)
         torch.manual_seed(args.seed)  # the same initial weights in every process
         args.workers = mirl.pick_workers(args.workers)
         if args.predict:

@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         return plot(args.plot, Path(args.out))
     mirl.check_out(args.out, args.resume)
     with mirl.interruptible(args.out), mirl.processes(args.device) as device:
+        mirl.check_machine(args, device)
         torch.manual_seed(args.seed)  # the same initial weights in every process
         config = model_config(args)
         model = new_model(args, config, device)
