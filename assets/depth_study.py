@@ -203,13 +203,15 @@ def main() -> None:
         todo = [cell for cell in plan(args.seeds) if str(cell) not in done]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
-            for future in as_completed(
-                [pool.submit(run_cell, cell, args, threads) for cell in todo]
-            ):
-                result = future.result()
-                with path.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(json.dumps(result), flush=True)
+            futures = [pool.submit(run_cell, cell, args, threads) for cell in todo]
+            try:
+                for future in as_completed(futures):
+                    result = json.dumps(future.result())
+                    with path.open("a") as file:
+                        file.write(result + "\n")
+                    print(result, flush=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
     table = summary(results())
     write_table(table, args.out / "results.md")
     draw(table, args.out / "depth.png")

@@ -92,4 +92,5 @@ def test_a_failing_cell_ends_the_study_with_its_reason(tmp_path):
     command = [sys.executable, str(SCRIPT), *flags, "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and "missing: there is no such folder" in done.stderr
+    assert done.stdout.count("train_pretrain.py") <= 4  # the others are not begun
     assert "Traceback" not in done.stderr and not (tmp_path / "out" / "results.jsonl").exists()
