@@ -105,7 +105,7 @@ def run_cell(cell: Cell, args, threads: int) -> dict:
     """Run a cell's commands; what results.jsonl keeps of them."""
     run = args.out / str(cell)
     result = dict(cell=str(cell), size=args.size, **cell._asdict(), threads=threads)
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     for name, command in commands(cell, args.size, args.data, run, args.device).items():
         print(f"[{cell}] python {shlex.join(command)}", flush=True)
         start = time.perf_counter()
@@ -183,7 +183,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="cpu", help="default cpu")
     parser.add_argument("--data", default="cifar10", help="as for the scripts; default cifar10")
-    parser.add_argument("--out", type=Path, default=Path("runs/depth"), help="default runs/depth")
+    parser.add_argument("--out", type=Path, help="a folder of its own; default runs/depth-SIZE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default 0 1")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time; default 1")
     parser.add_argument("--device", default="auto", help="as for the scripts; default auto")
@@ -191,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     if not importlib.util.find_spec("matplotlib"):
         parser.error("the figure needs an extra: pip install -e '.[plot]'")
-    args.out = args.out.resolve()
+    args.out = (args.out or Path("runs", f"depth-{args.size}")).resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.jsonl"
 

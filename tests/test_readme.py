@@ -42,6 +42,8 @@ def test_the_flags_named_exist():
     scripts = (train_pretrain, train_finetune, eval_speed)
     fields = [f.name for script in scripts for f in dataclasses.fields(script.Args)]
     flags = {"--" + name.strip("_").replace("_", "-") for name in fields}
+    study = (Path(__file__).parent.parent / "assets" / "depth_study.py").read_text()
+    flags |= set(re.findall(r'add_argument\("(--[a-z]+)"', study))
     assert named - torchruns <= flags | {"--no-dense"}
 
 
