@@ -191,9 +191,15 @@ def main() -> None:
     args = parser.parse_args()
     if not importlib.util.find_spec("matplotlib"):
         parser.error("the figure needs an extra: pip install -e '.[plot]'")
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    if Path(args.data).exists():
+        args.data = str(Path(args.data).resolve())  # the scripts run in the project's folder
     args.out = (args.out or Path("runs", f"depth-{args.size}")).resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.jsonl"
+    if args.draw and not path.exists():
+        parser.error(f"--draw: there is no {path}")
+    args.out.mkdir(parents=True, exist_ok=True)
 
     def results() -> list[dict]:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

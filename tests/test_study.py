@@ -94,3 +94,12 @@ def test_a_failing_cell_ends_the_study_with_its_reason(tmp_path):
     assert done.returncode and "missing: there is no such folder" in done.stderr
     assert done.stdout.count("train_pretrain.py") <= 4  # the others are not begun
     assert "Traceback" not in done.stderr and not (tmp_path / "out" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(("flags", "said"), [("--jobs 0", "at least 1"), ("--draw", "there is no")])
+def test_nonsense_gets_a_sentence(tmp_path, flags, said):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
