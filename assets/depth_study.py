@@ -1,6 +1,6 @@
 """The depth study: what pre-training by MIRL and by MAE is worth to encoders of 12, 24, 48 blocks.
 
-Overnight on a CPU, two cells at a time, each on half of the cores:
+On a CPU, two cells at a time, each on half of the cores (2 h 20 min a seed on 2 cores):
     python assets/depth_study.py --jobs 2
 
 On one GPU:
