@@ -440,7 +440,7 @@ class ViT(nn.Module):
         positions = positions if visible is None else positions[0][visible]  # (1, N, D), (B, V, D)
         x = self.patch_embed(patches) + positions  # (B, V, D)
         # cls_position is zero in our table, but not in a learned one that was loaded
-        cls = (self.cls_token + cls_position).to(x.dtype).expand(len(x), -1, -1)  # (B, 1, D)
+        cls = (self.cls_token + cls_position).expand(len(x), -1, -1)  # (B, 1, D)
         return torch.cat([cls, x], dim=1)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -1481,9 +1481,9 @@ class Trainer:
     model: on its device, not yet wrapped; `trainer.model` is it after --compile and DDP.
     args: the script's flags. data: the training images, of which `shares` gives this rank its own.
     average: an `EMA`, updated after every step. `history` holds the epochs' records, the file
-    `checkpoint` all that goes from one epoch to the next. Raises UserError where --resume finds a
-    run of another model, other flags or other data, and for what the machine lacks; nothing is
-    written before all of that is known.
+    `checkpoint` all that goes from one epoch to the next. Call `check_machine` first. Raises
+    UserError where --resume finds a run of another model, other flags or other data; nothing is
+    written before that is known.
 
     The loop never waits for the device but once every `--log-every` steps, when the losses of the
     steps since are read together.

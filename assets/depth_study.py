@@ -54,6 +54,7 @@ METHODS = {
     "mirl": "MIRL",
     "sparse": "MIRL without dense connections",
 }
+DEPTHS = tuple(LAYER_DECAY)
 TRUNCATED = 6  # blocks left out at depth 24: a quarter, as the paper's 3 of 12
 
 
@@ -69,9 +70,9 @@ class Cell(NamedTuple):
 
 def plan(seeds: list[int]) -> list[Cell]:
     """All cells, the most telling first."""
-    compared = [Cell(m, depth, False, 0) for depth in (48, 24, 12) for m in ("mae", "mirl")]
+    compared = [Cell(m, depth, False, 0) for depth in DEPTHS[::-1] for m in ("mae", "mirl")]
     truncated = [Cell(method, 24, True, 0) for method in ("mae", "mirl")]
-    others = [Cell(m, depth, False, 0) for m in ("scratch", "sparse") for depth in (48, 24, 12)]
+    others = [Cell(m, depth, False, 0) for m in ("scratch", "sparse") for depth in DEPTHS[::-1]]
     cells = compared + truncated + others
     return [cell._replace(seed=seed) for seed in seeds for cell in cells]
 
@@ -137,7 +138,7 @@ def summary(results: list[dict]) -> dict[tuple, dict[str, list[float]]]:
 def write_table(table: dict, path: Path) -> None:
     lines = ["| depth | pre-training | loss | fine-tuned | linear probe | nearest neighbours |"]
     lines += ["|---|---|---|---|---|---|"]
-    order = itertools.product((12, 24, 48), METHODS, (False, True))
+    order = itertools.product(DEPTHS, METHODS, (False, True))
     for depth, method, truncated in order:
         if row := table.get((method, depth, truncated)):
             name = METHODS[method] + f", {depth - TRUNCATED} blocks" * truncated
@@ -159,7 +160,7 @@ def draw(table: dict, path: Path) -> None:
     panels = figure.subplots(1, len(titles))
     for (measure, title), axes in zip(titles.items(), panels, strict=True):
         for colour, (method, label) in zip(("0.6", "C1", "C0", "C2"), METHODS.items(), strict=True):
-            whole = {d: table.get((method, d, False), {}).get(measure, []) for d in (12, 24, 48)}
+            whole = {d: table.get((method, d, False), {}).get(measure, []) for d in DEPTHS}
             depths = [d for d in whole if whole[d]]
             means = [statistics.fmean(whole[d]) for d in depths]
             axes.plot(depths, means, color=colour, label=label)
@@ -168,7 +169,7 @@ def draw(table: dict, path: Path) -> None:
             cut = table.get((method, 24, True), {}).get(measure, [])
             axes.plot([24] * len(cut), cut, "x", color=colour)
         axes.set_xscale("log", base=2)
-        axes.set_xticks([12, 24, 48], ["12", "24", "48"])
+        axes.set_xticks(DEPTHS, map(str, DEPTHS))
         axes.minorticks_off()
         axes.set(title=title, xlabel="blocks")
     panels[0].set_ylabel("top-1, %")

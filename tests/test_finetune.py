@@ -327,6 +327,19 @@ def test_protocols_leave_nothing_but_a_line(tmp_path, capsys, protocol):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_validation_images_are_the_same_in_every_run():
+    def images(seed, count, split):
+        flags = ["--data", "shapes", "--train-images", "20", "--val-images", str(count)]
+        args = train_finetune.parse([*flags, "--seed", str(seed)])
+        return train_finetune.labelled(args, split).images
+
+    assert len(images(0, 7, "val")) == 7 and len(images(0, 7, "train")) == 20
+    assert torch.equal(images(0, 7, "val"), images(1, 7, "val"))
+    assert not torch.equal(images(0, 7, "train"), images(1, 7, "train"))
+    with pytest.raises(mirl.UserError, match="--val-images 34: there are 33"):
+        images(0, 34, "val")
+
+
 # -- the script --
 
 
