@@ -159,6 +159,8 @@ class Config:
         if self.decoder_depth < 1:
             raise UserError(f"decoder_depth must be at least 1, not {self.decoder_depth}")
         check_width("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        if self.pixels < 2:
+            raise UserError("a patch of one number has no variance: patch_size must be at least 2")
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"mask_ratio must be between 0 and 1, not {self.mask_ratio}")
         if not 0 < self.num_visible < self.num_patches:
@@ -791,7 +793,10 @@ def feature_loss(
                 "image: raise --device-batch-size, or give --feature-negatives none"
             )
         # Eq. 1 is the cross-entropy of picking the image's own z⁺ among those of all images
-        scores = torch.einsum("bnd,cnd->nbc", z, everyone) / tau  # (N, B, all B)
+        with torch.autocast(
+            z.device.type, enabled=False
+        ):  # 1/τ magnifies what half precision loses
+            scores = torch.einsum("bnd,cnd->nbc", z, everyone) / tau  # (N, B, all B)
         own = process_rank() * B + torch.arange(B, device=z.device)  # (B,), where z⁺ is in them
         losses = F.cross_entropy(scores.flatten(0, 1), own.repeat(N), reduction="none")
         losses = losses.view(N, B).T

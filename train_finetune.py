@@ -110,7 +110,10 @@ class Args(mirl.TrainingFlags):
     truncated: bool = flag(
         False, "allow --from to have fewer blocks than the model; the last ones start at random"
     )
-    eval: bool = flag(False, "evaluate the fine-tuned model --from on the validation images")
+    eval: bool = flag(
+        False,
+        "evaluate the fine-tuned model --from, of whatever --model, on the validation images",
+    )
     predict: tuple[str, ...] | None = flag(
         None, "print what the fine-tuned model --from sees in these image files, and stop"
     )
@@ -170,6 +173,9 @@ def parse(argv: list[str] | None = None) -> Args:
     for name, high in highest.items():
         if getattr(args, name) > high:
             raise UserError(f"--{name.replace('_', '-')} must be at most {high}")
+    for name in ("mixup", "cutmix"):
+        if 0 < getattr(args, name) < 1e-30:
+            raise UserError(f"--{name} {getattr(args, name)} is too small: 0 turns it off")
     if args.train_images is None and (args.recipe, args.data) == ("quick", "shapes"):
         args.train_images = 500
     quick = Path("runs/mirl-quick/encoder.pt")

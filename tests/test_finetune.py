@@ -466,6 +466,24 @@ def test_table_2(model, decay, epochs, drop):
     assert train_finetune.parse(["--recipe", "imagenet", "--epochs", "30"]).epochs == 30
 
 
+def test_a_step_reads_nothing_from_the_device():
+    """Tensors of the meta device have no values: whatever would wait for a GPU fails there."""
+    torch.manual_seed(0)
+    args = train_finetune.parse(["--recipe", "cifar10", "--from", "scratch"])
+    mix = train_finetune.mixing(args, 16)
+    model = mirl.build_vit("vit_nano", num_classes=16, drop_path=0.1).to("meta")
+    average = mirl.EMA(model, 0.99)
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="meta")
+    labels = torch.zeros(4, dtype=torch.int64, device="meta")
+    for _ in range(6):  # mixup and cutmix both
+        mixed, targets = mix(mirl.normalise_images(images), labels)
+        F.cross_entropy(model(mixed), targets, label_smoothing=0.1).backward()
+        average.update_parameters(model)
+    sums = train_finetune.score(model(mirl.normalise_images(images)), labels)
+    with pytest.raises(RuntimeError):
+        sums.sum().item()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -477,6 +495,7 @@ def test_table_2(model, decay, epochs, drop):
         (["--warmup-epochs", 3], "--warmup-epochs 3 is longer than the run of 2 epochs"),
         (["--train-images", 99], "--train-images 99: there are 33"),
         (["--layer-decay", 1.5], "--layer-decay must be at most 1"),
+        (["--mixup", "1e-40"], "--mixup 1e-40 is too small: 0 turns it off"),
         (["--ema-decay", -1], "--ema-decay must be at least 0"),
         (["--data", "/no/such"], "no such folder"),
         (["--drop-path", 1], "drop_path must be in"),

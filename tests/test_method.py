@@ -529,6 +529,7 @@ def test_panels_of_other_channels_are_taken_as_they_are():
         ("vit_b", dict(image_size=230), "230x230 does not divide into patches of 16"),
         ("vit_b", dict(image_size=(224, 100)), "224x100 does not divide into patches of 16"),
         ("vit_b", dict(patch_size=0), "patch_size must be at least 1"),
+        ("vit_nano", dict(patch_size=1, channels=1), "a patch of one number has no variance"),
         ("vit_nano", dict(mask_ratio=1.0), "mask_ratio must be between 0 and 1"),
         ("vit_nano", dict(mask_ratio=0.0), "mask_ratio must be between 0 and 1"),
         ("vit_nano", dict(mask_ratio=float("nan")), "mask_ratio must be between 0 and 1"),

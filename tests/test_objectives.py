@@ -116,6 +116,15 @@ def test_feature_loss_against_a_version_in_loops(negatives):
     assert got.item() == pytest.approx(sum(losses) / len(losses))
 
 
+def test_feature_loss_keeps_its_precision_under_autocast():
+    torch.manual_seed(0)
+    z, positive = torch.randn(8, 5, 96), torch.randn(8, 5, 96)
+    mask = torch.ones(8, 5, dtype=torch.bool)
+    exact = mirl.feature_loss(z.double(), positive.double(), mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mirl.feature_loss(z, positive, mask).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
 def test_feature_gradient_flows_through_the_prediction_alone():
     model, (images, noise) = extended(mirl.Objectives(feature=0.5)), batch()
     out = model(images, noise)

@@ -479,6 +479,23 @@ def test_an_error_of_another_process_is_said(tmp_path):
     assert done.returncode == 2 and "error: process 1: --device cuda" in done.stderr
 
 
+@pytest.mark.parametrize("overrides", [{}, mirl.mae_overrides("vit_nano")])
+def test_a_step_reads_nothing_from_the_device(overrides):
+    """Tensors of the meta device have no values: whatever would wait for a GPU fails there."""
+    model = mirl.build_mirl("vit_nano", **overrides).to("meta")
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="meta")
+    boxes = mirl.random_boxes(4, 32, 32, (0.2, 1.0), images.device)
+    cropped = mirl.crop_resize(images, boxes, (32, 32), torch.rand(4, device="meta") < 0.5)
+    out = model(mirl.normalise_images(cropped))
+    out.loss.backward()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+    mirl.gradient_norms(model.encoder)
+    with pytest.raises(RuntimeError):
+        out.loss.item()
+
+
 # -- what needs a GPU --
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
