@@ -479,7 +479,8 @@ def test_an_error_of_another_process_is_said(tmp_path):
     assert done.returncode == 2 and "error: process 1: --device cuda" in done.stderr
 
 
-@pytest.mark.parametrize("overrides", [{}, mirl.mae_overrides("vit_nano")])
+# not the weight norm, whose gradient older versions of torch lack on the meta device
+@pytest.mark.parametrize("overrides", [dict(weight_norm=False), mirl.mae_overrides("vit_nano")])
 def test_a_step_reads_nothing_from_the_device(overrides):
     """Tensors of the meta device have no values: whatever would wait for a GPU fails there."""
     model = mirl.build_mirl("vit_nano", **overrides).to("meta")
