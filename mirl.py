@@ -1469,7 +1469,7 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine"
 # Flags that a resumed run may change; with any other, the steps done would not be those of the run.
 RESUME_MAY_CHANGE = ["resume", "out", "recipe", "data", "data_dir", "from_", "device", "dtype"]
 RESUME_MAY_CHANGE += ["device_batch_size", "compile", "workers", "log_every", "tensorboard"]
-RESUME_MAY_CHANGE += ["picture_every", "picture_pair", "truncated"]
+RESUME_MAY_CHANGE += ["picture_every", "picture_pair", "log_grad_norms", "truncated"]
 CURE = "try a lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
 
 

@@ -252,8 +252,8 @@ def plot(runs: tuple[str, ...], out: Path) -> None:
     axes.legend()
     written = [save_figure(figure, out / "losses.png")]
 
-    logged = {k: v for k, v in steps.items() if v and "grad_qkv" in v[0]}
-    if logged:
+    logged = {k: [line for line in v if "grad_qkv" in line] for k, v in steps.items()}
+    if logged := {k: v for k, v in logged.items() if v}:
         depth = min(len(lines[0]["grad_qkv"]) for lines in logged.values())
         rows = range(max(0, depth - 6), max(min(depth, 4), depth - 2))
         figure = Figure(figsize=(12, 2.2 * len(rows)), layout="constrained")

@@ -267,7 +267,8 @@ def test_all_objectives_together_add_up_and_resume(tmp_path, vgg_file, method):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirl.Trainer, "end_epoch", stop)
         assert pretrain("--out", run, *flags) == 2
-    assert pretrain("--out", run, *flags, "--resume") == 0
+    assert pretrain("--out", run, *flags, "--no-log-grad-norms", "--resume") == 0
+    assert ["grad_qkv" in line for line in metrics(run, "step")] == [True, True, False, False]
     a, b = (mirl.load_file(folder / "checkpoint.pt")["model"] for folder in (whole, run))
     assert any(k.startswith("momentum_encoder.") for k in a) and a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -355,6 +356,9 @@ def test_drawing_finished_runs(tmp_path):
     for name in ("a", "b"):
         flags = ["--log-grad-norms"] if name == "a" else []
         assert pretrain("--out", tmp_path / name, *flags) == 0
+    plain = '{"kind": "step", "step": 9, "loss": 1.0}\n'  # resumed without --log-grad-norms
+    with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
+        file.write(plain)
     before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
     assert pretrain("--plot", tmp_path / "a", tmp_path / "b") == 0
     for name in ("losses.png", "gradients.png"):
