@@ -13,6 +13,7 @@ gets slower or faster does so for all of them; with --batch-size auto one comes 
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 import math
@@ -231,9 +232,8 @@ def count(model: nn.Module, image: Tensor, mode: str) -> dict[str, int]:
 
 def whole_step(model: nn.Module, args: Args, images: Tensor, dtype: torch.dtype):
     """A function that does one step of inference, or of training, on these images."""
-    kind = images.device.type
-    enabled = args.autocast and dtype != torch.float32
-    autocast = functools.partial(torch.autocast, kind, dtype, enabled=enabled)
+    half = dtype if args.autocast else torch.float32
+    autocast = functools.partial(mirl.autocast, images.device, half)
     if args.mode == "infer":
 
         def infer():
@@ -244,7 +244,7 @@ def whole_step(model: nn.Module, args: Args, images: Tensor, dtype: torch.dtype)
     labels = torch.randint(1000, images.shape[:1], device=images.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.05, fused=True)
-    scaler = torch.amp.GradScaler(kind, enabled=enabled and dtype == torch.float16)
+    scaler = torch.amp.GradScaler(images.device.type, enabled=half == torch.float16)
 
     def train():
         with autocast():
@@ -304,7 +304,9 @@ def prepare(case: Case, args: Args, device: torch.device, dtype: torch.dtype) ->
         if not args.autocast:
             model, images = model.to(dtype), images.to(dtype)
         if args.compile:
-            model.compile(mode=args.compile)
+            # each model and batch compiled by itself, and however many there are
+            torch._dynamo.config.cache_size_limit = 1000
+            model.compile(mode=args.compile, dynamic=False)
         if args.mode != "infer" and mirl.num_processes() > 1:
             model = mirl.data_parallel(model, device)
         if cuda:
@@ -315,6 +317,7 @@ def prepare(case: Case, args: Args, device: torch.device, dtype: torch.dtype) ->
         case.steps, case.step = max(1, math.ceil(args.seconds / once)), step
         if hasattr(model, "no_sync"):
             case.alone = without_the_others(model, step)
+            case.alone()
         if cuda:
             case.row["memory_gib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
     except RuntimeError as error:
@@ -343,10 +346,17 @@ def largest_that_fits(case: Case, args: Args, device: torch.device, dtype: torch
     size = 0
     while prepare(replace(case, row={}, batch_size=max(1, 2 * size)), args, device, dtype):
         size = max(1, 2 * size)
-        torch.cuda.empty_cache()
-    torch.cuda.empty_cache()
+        free_memory()
+    free_memory()
     case.batch_size = max(1, size)
     return prepare(case, args, device, dtype)
+
+
+def free_memory() -> None:
+    """Give the memory of models that are no longer used, compiled ones too, back to the GPU."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def measure(cases: list[Case], args: Args, device: torch.device) -> None:
@@ -409,6 +419,7 @@ def header(args: Args, device: torch.device, dtype: torch.dtype) -> dict[str, An
         name = models[0].split(":")[1].strip() if models else name
     side, rate = matrix_rate(device, dtype)
     tf32 = device.type == "cuda" and dtype == torch.float32
+    tf32 = tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
     return dict(
         device=f"{device.type}: {name}",
         driver=driver,

@@ -1267,16 +1267,16 @@ class WorkerLoader:
             worker_init_fn=leave_signals_alone,
             generator=torch.Generator(),  # else it draws from the one that masks come from
             pin_memory=device.type == "cuda",
-            **(dict(persistent_workers=True, prefetch_factor=4) if workers else {}),
+            persistent_workers=workers > 0,
         )
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (b, 3, H, W), of the transform's type, and labels, int64 (b,)."""
         self.shares.epoch = epoch
-        corrupt = set()
+        corrupt, pinned = set(), self.loader.pin_memory
         for images, labels, bad in self.loader:
             corrupt |= {self.data.images[i] for i in bad[bad >= 0].tolist()}
-            yield tuple(x.to(self.device, non_blocking=True) for x in (images, labels))
+            yield tuple(x.to(self.device, non_blocking=pinned) for x in (images, labels))
         for path in sorted(set().union(*gather(corrupt)) - self.corrupt):
             self.corrupt.add(path)
             say(f"warning: {path} cannot be read and is skipped")
@@ -1525,7 +1525,9 @@ class Trainer:
         if args.resume:
             try:
                 self.start_epoch = self._resume()
-            except (KeyError, TypeError, RuntimeError):
+            except (KeyError, TypeError, RuntimeError) as error:
+                if out_of_memory(error):
+                    raise
                 raise UserError(
                     f"--resume: {self.checkpoint} is damaged or no checkpoint of this script: move "
                     "it away to start anew, or choose another --out"
@@ -1592,7 +1594,7 @@ class Trainer:
         self.waited += time.perf_counter() - self.idle_since
         if num_processes() > 1:
             self.model.require_backward_grad_sync = self.micro + 1 == self.split.accumulation
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.device, self.dtype):
             yield
 
     def backward(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
@@ -1768,7 +1770,8 @@ class Trainer:
             self.bare.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])
-            self.scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:  # of a run in fp16
+                self.scaler.load_state_dict(saved["scaler"])
             if saved["data"] != self.data:
                 raise UserError(
                     f"--resume: {self.checkpoint} was trained on {saved['data']['images']} other "
@@ -1891,6 +1894,12 @@ def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[flag]
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """torch's autocast to `dtype`; for float32, one that does nothing."""
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype if half else None, enabled=half)
+
+
 def check_machine(args, device: torch.device) -> None:
     """Raises UserError where --dtype, --compile or --tensorboard ask for what is not here."""
     pick_dtype(args.dtype, device)
@@ -1940,6 +1949,12 @@ def save_file(path: Path, state: dict[str, Any]) -> None:
     """torch.save under a temporary name in the same folder, moved into place when complete."""
     with replacing(path) as temporary:
         torch.save(state, temporary)
+
+
+def portable(model: nn.Module) -> dict[str, Any]:
+    """What `model` can be rebuilt from on any machine: its weights, on the CPU, and its config."""
+    weights = {k: v.cpu() for k, v in model.state_dict().items()}
+    return dict(model=weights, config=dataclasses.asdict(model.config))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -2066,12 +2081,16 @@ def fit_positions(table: Tensor, grid: tuple[int, int] | None, config: Config) -
 
 
 def check_out(out: str, resume: bool) -> None:
-    """Raises UserError where the folder holds a run that nothing said to continue."""
+    """Raises UserError where the folder holds a run that nothing said to continue.
+
+    Every process looks before any goes on and writes there.
+    """
     names = ("checkpoint.pt", "metrics.jsonl", "config.json")
     if not resume and any((Path(out) / name).exists() for name in names):
         raise UserError(f"{out} already holds a run: add --resume to continue it, or choose --out")
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"--out {out} is a file, not a folder")
+    gather(None)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -2122,8 +2141,8 @@ class TrainingFlags:
     device: str = flag("auto", "auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu")
     dtype: str = flag(
         "auto",
-        "precision of the forward pass; auto is bf16 on GPUs made for it, else fp32. fp16 runs "
-        "with a loss scaler and overflows sooner",
+        "precision of the forward pass; auto is bf16 on GPUs made for it, else fp32, whose matrix "
+        "products are TF32 there. fp16 runs with a loss scaler and overflows sooner",
         ("auto", "bf16", "fp16", "fp32"),
     )
     compile: bool = flag(False, "torch.compile: minutes of waiting first, then faster steps")
@@ -2261,8 +2280,8 @@ def last_checkpoint(out: str | Path) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is what a device, or torch's allocator on the CPU, raises when it is full."""
-    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in signs)
+    signs = ("out of memory", "can't allocate memory", "alloc_failed")
+    return any(sign in str(error).lower() for sign in signs)
 
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:

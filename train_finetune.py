@@ -26,7 +26,6 @@ weights as they are ("raw") and of their moving average ("ema") the last and the
 raw-last.pt, raw-best.pt, ema-last.pt, ema-best.pt.
 """
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -265,31 +264,39 @@ def mixing(args: Args, classes: int):
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, loader: mirl.WorkerLoader, dtype: torch.dtype):
-    """What the model makes of this process's images, float32 (b, ·), and their labels, in turn."""
-    model.eval()
+def outputs(models: list[nn.Module], loader: mirl.WorkerLoader, dtype: torch.dtype):
+    """What each model makes of this process's images, float32 (b, ·), and their labels, in turn.
+
+    The label of an image that cannot be read is −1.
+    """
+    for model in models:
+        model.eval()
     for images, labels in loader.epoch(0):
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            out = model.forward(mirl.normalise_images(images))  # around torch.compile's shapes
-        good = labels >= 0
-        yield out.float()[good], labels[good]
+        images = mirl.normalise_images(images)
+        with mirl.autocast(images.device, dtype):
+            out = [model.forward(images) for model in models]  # around torch.compile's shapes
+        yield [x.float() for x in out], labels
 
 
-def evaluate(model: mirl.ViT, loader: mirl.WorkerLoader, dtype: torch.dtype) -> dict[str, float]:
-    """Top-1 and top-5 in percent and the mean cross-entropy; each image counts exactly once."""
-    scored = (score(logits, labels) for logits, labels in outputs(model, loader, dtype))
-    mine = sum(scored, torch.zeros(4, device=loader.device)).cpu().double()
-    totals = sum(mirl.gather(mine))
-    top1, top5, loss, n = totals.tolist()
-    return dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, val_images=int(n))
+def evaluate(
+    models: list[mirl.ViT], loader: mirl.WorkerLoader, dtype: torch.dtype
+) -> list[dict[str, float]]:
+    """Each model's top-1 and top-5 in percent and mean cross-entropy; an image counts once."""
+    mine = torch.zeros(len(models), 4, device=loader.device)
+    for logits, labels in outputs(models, loader, dtype):
+        mine += torch.stack([score(x, labels) for x in logits])
+    totals = sum(mirl.gather(mine.cpu().double()))
+    return [
+        dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, val_images=int(n))
+        for top1, top5, loss, n in totals.tolist()
+    ]
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over images: first guess right, one of five right, cross-entropy, 1."""
+    """Sums over images with a label: first guess right, one of five right, cross-entropy, 1."""
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    ones = torch.tensor(float(len(labels)), device=loss.device)
-    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, ones])
+    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, (labels >= 0).sum()])
 
 
 def knn_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
@@ -337,7 +344,8 @@ def probe(args: Args, train, val, device: torch.device) -> None:
     dtype = mirl.pick_dtype(args.dtype, device)
     features = []
     for data in (train, val):
-        parts = zip(*outputs(model, in_order(args, data, model.config, device), dtype), strict=True)
+        found = outputs([model], in_order(args, data, model.config, device), dtype)
+        parts = zip(*((x[labels >= 0], labels[labels >= 0]) for [x], labels in found), strict=True)
         mine = [torch.cat(part).cpu() for part in parts]  # empty where there is less than a share
         gathered = zip(*filter(None, mirl.gather(mine)), strict=True)
         features += [torch.cat(part).to(device) for part in gathered]
@@ -379,9 +387,9 @@ def predict(args: Args, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     training = not (args.eval or args.predict) and args.protocol == "finetune"
-    if training:
-        mirl.check_out(args.out, args.resume)
     with mirl.interruptible(args.out if training else None), mirl.processes(args.device) as device:
+        if training:
+            mirl.check_out(args.out, args.resume)
         mirl.check_machine(args, device)
         torch.manual_seed(args.seed)  # the same initial weights in every process
         args.workers = mirl.pick_workers(args.workers)
@@ -394,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"--from {args.from_} knows other classes than --data {args.data}")
             loader = in_order(args, val, model.config, device)
             dtype = mirl.pick_dtype(args.dtype, device)
-            return say(json.dumps(evaluate(model.to(device), loader, dtype)))
+            return say(json.dumps(evaluate([model.to(device)], loader, dtype)[0]))
         train = labelled(args, "train")
         if args.protocol != "finetune":
             return probe(args, train, val, device)
@@ -422,7 +430,8 @@ def main(argv: list[str] | None = None) -> None:
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 trainer.backward(loss, {})
             trainer.check_weights()
-            scores = {n: evaluate(m, val_loader, trainer.dtype) for n, m in models.items()}
+            found = evaluate(list(models.values()), val_loader, trainer.dtype)
+            scores = dict(zip(models, found, strict=True))
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             corrupt = len(loader.corrupt | val_loader.corrupt)
             for name, m in models.items():
@@ -441,7 +450,7 @@ def main(argv: list[str] | None = None) -> None:
 def save_model(trainer: mirl.Trainer, name: str, model: mirl.ViT, top1: float, epoch: int) -> None:
     """<name>-last.pt, and <name>-best.pt where this epoch is the best one so far."""
     if mirl.is_main():
-        saved = dict(model=model.state_dict(), config=dataclasses.asdict(model.config))
+        saved = mirl.portable(model)
         saved |= dict(classes=trainer.data["classes"], epoch=epoch + 1, top1=top1)
         mirl.save_file(trainer.out / f"{name}-last.pt", saved)
         if all(top1 > record[f"{name}_top1"] for record in trainer.history):

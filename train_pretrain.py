@@ -154,8 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.plot:
         return plot(args.plot, Path(args.out))
-    mirl.check_out(args.out, args.resume)
     with mirl.interruptible(args.out), mirl.processes(args.device) as device:
+        mirl.check_out(args.out, args.resume)
         mirl.check_machine(args, device)
         torch.manual_seed(args.seed)  # the same initial weights in every process
         config = model_config(args)
@@ -191,14 +191,13 @@ def main(argv: list[str] | None = None) -> None:
                     out = trainer.model(images)
                 pairs = {f"loss_{g}": loss for g, loss in enumerate(out.losses, start=1)}
                 trainer.backward(out.loss, pairs | out.terms)
+                del out  # its predictions, before the next ones are made
             trainer.end_epoch(epoch, corrupt_files=len(loader.corrupt))
             if args.picture_every and (epoch + 1) % args.picture_every == 0:
                 draw(model, shown, args, f"epoch-{epoch + 1:04d}.png")
 
         if mirl.is_main():
-            encoder = model.encoder
-            saved = dict(model=encoder.state_dict(), config=dataclasses.asdict(encoder.config))
-            mirl.save_file(trainer.out / "encoder.pt", saved)
+            mirl.save_file(trainer.out / "encoder.pt", mirl.portable(model.encoder))
         draw(model, shown, args, "reconstruction.png")
         say(
             f"done: {trainer.out / 'encoder.pt'} for fine-tuning, and a picture to look at, "

@@ -372,7 +372,7 @@ def test_evaluation_against_a_plain_count():
     nn.init.normal_(model.head.weight)
     transform, order = mirl.evaluation_transform((32, 32)), mirl.InOrder(33, 8)
     loader = mirl.WorkerLoader(data, transform, order, 0, torch.device("cpu"), 0)
-    scores = train_finetune.evaluate(model, loader, torch.float32)
+    [scores] = train_finetune.evaluate([model], loader, torch.float32)
     with torch.no_grad():
         logits = model(mirl.normalise_images(data.images))
     ranks = (logits > logits[range(33), data.labels][:, None]).sum(1)

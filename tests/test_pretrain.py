@@ -297,6 +297,25 @@ def test_a_run_on_files_resumes_exactly(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_fp16_and_its_loss_scaler_also_taken_up_and_left_by_a_resume(
+    tmp_path, monkeypatch, uninterrupted
+):
+    """On a CPU, where the flag is refused, torch can do it all the same."""
+    dtypes = {"auto": torch.float32, "fp16": torch.float16, "fp32": torch.float32}
+    monkeypatch.setattr(mirl, "pick_dtype", lambda flag, device: dtypes[flag])
+    out = tmp_path / "run"
+    for epoch, dtype in enumerate(["auto", "fp16", "fp32"]):
+        with pytest.MonkeyPatch.context() as patch:
+            if epoch < 2:
+                stop_at(patch, epoch + 1, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            code = pretrain("--out", out, "--epochs", 3, "--dtype", dtype, "--resume")
+        assert code == (128 + signal.SIGTERM if epoch < 2 else 0)
+        scaler = mirl.load_file(out / "checkpoint.pt")["scaler"]
+        assert ("scale" in scaler) == (dtype == "fp16")
+    first, exact = ([loss for loss, *_ in losses(run)] for run in (out, uninterrupted))
+    assert first == pytest.approx(exact, rel=1e-2) and first != exact
+
+
 def test_kill_and_resume_equal_an_uninterrupted_run(tmp_path, uninterrupted):
     """SIGKILL in the second epoch, while a line of metrics and a checkpoint are half written."""
     out = tmp_path / "run"
@@ -472,8 +491,8 @@ def test_the_script_under_torchrun(tmp_path):
 
 
 def test_an_error_of_another_process_is_said(tmp_path):
-    """Process 1 alone finds no GPU of its own; it must not end without a word."""
-    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    """Process 1 finds no GPU of its own; it must not end without a word."""
+    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "99", "WORLD_SIZE": "2"}
     command = [sys.executable, ROOT / "train_pretrain.py", "--device", "cuda", "--out", tmp_path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "error: process 1: --device cuda" in done.stderr

@@ -1,5 +1,6 @@
 """eval_speed.py: what it counts, and that it reports what it measured."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -178,6 +179,24 @@ def test_refusals(capsys, flags, message):
     assert speed(*flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_every_batch_size_is_compiled_by_itself(monkeypatch):
+    """torch would make the second one dynamic, reuse that for the third, and give up at the 9th."""
+    compiled, compile = [], nn.Module.compile
+
+    def backend(graph, inputs):
+        compiled.extend(x.shape[0] for x in inputs if x.shape[1:] == (3, 32, 32))
+        return graph.forward
+
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, mode, **how: compile(self, backend=backend, **how)
+    )
+    one_block = dataclasses.replace(mirl.MODELS["vit_nano"], depth=1)
+    monkeypatch.setitem(mirl.MODELS, "vit_nano", one_block)
+    sizes = range(2, 11)
+    assert speed("--batch-size", *sizes, "--compile", "default", "--windows", 1) == 0
+    assert compiled == list(sizes)
 
 
 def test_compile_without_a_compiler_is_refused(capsys, monkeypatch):
