@@ -17,7 +17,7 @@ One GPU, CIFAR-10:
         --from /shared/encoder.pt --resume
 
 Without fine-tuning:
-    python train_finetune.py --protocol knn --from ENCODER       (or linear)
+    python train_finetune.py --protocol knn --from ENCODER       (or linear, or blocks)
     python train_finetune.py --eval --from FINETUNED
     python train_finetune.py --predict IMAGE… --from FINETUNED
 
@@ -119,8 +119,9 @@ class Args(mirl.TrainingFlags):
     protocol: str = flag(
         "finetune",
         "finetune; or look at the frozen encoder --from, without training it: knn (k = 20, cosine, "
-        "temperature 0.07), or linear (a linear layer on batch-normalised features)",
-        ("finetune", "linear", "knn"),
+        "temperature 0.07), blocks (knn after every block, to see where features get better or "
+        "worse), or linear (a linear layer on batch-normalised features)",
+        ("finetune", "linear", "knn", "blocks"),
     )
     model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
     data: str | None = flag(
@@ -337,10 +338,28 @@ def linear_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int, seed
         return probe.eval()(val)
 
 
+class EveryBlock(nn.Module):
+    """The pooled features of a ViT after each of its blocks: images -> (B, depth, D).
+
+    The mean over the patches, normed as the head's input is; the last are what `knn` looks at.
+    """
+
+    def __init__(self, vit: mirl.ViT):
+        super().__init__()
+        self.vit, self.config = vit, vit.config
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.vit.intermediate_features(images, list(range(self.config.depth)))
+        return torch.stack([self.vit.fc_norm(m.mean(dim=(2, 3))) for m in maps], dim=1)
+
+
 def probe(args: Args, train, val, device: torch.device) -> None:
-    """Print how well a frozen encoder's features, the head's input, tell the classes apart."""
+    """Print how well a frozen encoder's features, the head's input or those of every block, tell
+    the classes apart."""
     model = new_model(args, len(val.classes)).to(device)
     model.head = nn.Identity()
+    if args.protocol == "blocks":
+        model = EveryBlock(model)
     dtype = mirl.pick_dtype(args.dtype, device)
     features = []
     for data in (train, val):
@@ -352,13 +371,18 @@ def probe(args: Args, train, val, device: torch.device) -> None:
     x, labels, queries, truth = features
     if len(x) < 2:
         raise UserError(f"--protocol {args.protocol} needs at least 2 training images")
-    if args.protocol == "knn":
-        scores = knn_scores(x, labels, queries, len(val.classes))
-    else:
-        scores = linear_scores(x, labels, queries, len(val.classes), args.seed)
-    top1, top5, _, n = score(scores, truth).tolist()
-    top = dict(top1=100 * top1 / n, top5=100 * top5 / n)
-    say(json.dumps(dict(protocol=args.protocol, **top, train_images=len(x), val_images=int(n))))
+    blocks = args.protocol == "blocks"
+    tops = []
+    for a, b in zip(x.unbind(1), queries.unbind(1), strict=True) if blocks else [(x, queries)]:
+        if args.protocol == "linear":
+            scores = linear_scores(a, labels, b, len(val.classes), args.seed)
+        else:
+            scores = knn_scores(a, labels, b, len(val.classes))
+        top1, top5, _, n = score(scores, truth).tolist()
+        tops.append((100 * top1 / n, 100 * top5 / n))
+    top1, top5 = zip(*tops, strict=True) if blocks else tops[0]
+    counts = dict(train_images=len(x), val_images=int(n))
+    say(json.dumps(dict(protocol=args.protocol, top1=top1, top5=top5, **counts)))
 
 
 @torch.no_grad()

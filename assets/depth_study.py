@@ -6,11 +6,11 @@ On a CPU, two cells at a time, each on half of the cores (2 h 20 min a seed on 2
 On one GPU:
     python assets/depth_study.py --size gpu
 
-A cell is one method, depth and seed: pre-training, then fine-tuning, a linear probe and nearest
-neighbours, by the project's own scripts, whose commands are printed. The most telling cells come
-first. Each adds a line to results.jsonl in --out as it ends, and a cell that has its line is not
-run again, so a study can be stopped, continued, and given another seed. At the end results.md and
-depth.png are made of what there is; `--draw` makes them and runs nothing.
+A cell is one method, depth and seed: pre-training, then fine-tuning, a linear probe, and nearest
+neighbours after every block, by the project's own scripts, whose commands are printed. The most
+telling cells come first. Each adds a line to results.jsonl in --out as it ends, and a cell that has
+its line is not run again, so a study can be stopped, continued, and given another seed. At the end
+results.md and depth.png are made of what there is; `--draw` makes them and runs nothing.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def commands(cell: Cell, size: str, data: str, run: Path, device: str) -> dict[s
     finetune += ["--truncated"] if cell.truncated else []
     out["finetune"] = ["train_finetune.py", *finetune, "--out", str(run / "finetune"), "--resume"]
     if not cell.truncated:  # whose last blocks are random before fine-tuning
-        for protocol in ("linear", "knn"):
+        for protocol in ("linear", "blocks"):
             flags = [*settings["probe"].split(), *common, "--protocol", protocol]
             out[protocol] = ["train_finetune.py", *flags]
     return out
@@ -116,8 +116,10 @@ def run_cell(cell: Cell, args, threads: int) -> dict:
         if done.returncode:
             raise SystemExit(f"[{cell}] {done.stderr.strip() or done.stdout.strip()}")
         result[f"{name}_seconds"] = round(time.perf_counter() - start, 1)
-        if name in ("linear", "knn"):
+        if name in ("linear", "blocks"):
             result[name] = json.loads(done.stdout.splitlines()[-1])["top1"]
+            if name == "blocks":
+                result["knn"] = result["blocks"][-1]
         else:
             last = json.loads((run / name / "metrics.jsonl").read_text().splitlines()[-1])
             result |= {"loss": last["loss"]} if name == "pretrain" else {"top1": last["raw_top1"]}
@@ -129,7 +131,7 @@ def summary(results: list[dict]) -> dict[tuple, dict[str, list[float]]]:
     table = {}
     for line in results:
         row = table.setdefault((line["method"], line["depth"], line["truncated"]), {})
-        for measure in ("loss", "top1", "linear", "knn"):
+        for measure in ("loss", "top1", "linear", "knn", "blocks"):
             if measure in line:
                 row.setdefault(measure, []).append(line[measure])
     return table
@@ -155,11 +157,13 @@ def write_table(table: dict, path: Path) -> None:
 def draw(table: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     titles = dict(top1="fine-tuned", linear="linear probe", knn="nearest neighbours")
-    panels = figure.subplots(1, len(titles))
+    panels, by_block = figure.subplots(2, len(titles))
+    colours = dict(zip(METHODS, ("0.6", "C1", "C0", "C2"), strict=True))
     for (measure, title), axes in zip(titles.items(), panels, strict=True):
-        for colour, (method, label) in zip(("0.6", "C1", "C0", "C2"), METHODS.items(), strict=True):
+        for method, label in METHODS.items():
+            colour = colours[method]
             whole = {d: table.get((method, d, False), {}).get(measure, []) for d in DEPTHS}
             depths = [d for d in whole if whole[d]]
             means = [statistics.fmean(whole[d]) for d in depths]
@@ -172,7 +176,14 @@ def draw(table: dict, path: Path) -> None:
         axes.set_xticks(DEPTHS, map(str, DEPTHS))
         axes.minorticks_off()
         axes.set(title=title, xlabel="blocks")
-    panels[0].set_ylabel("top-1, %")
+    for depth, axes in zip(DEPTHS, by_block, strict=True):
+        for method, colour in colours.items():
+            for seen in table.get((method, depth, False), {}).get("blocks", []):
+                axes.plot(range(1, depth + 1), seen, color=colour, linewidth=1)
+        title = f"{depth} blocks: nearest neighbours, a line a seed"
+        axes.set(title=title, xlabel="after block", xlim=(1, depth))
+    for row in (panels, by_block):
+        row[0].set_ylabel("top-1, %")
     panels[0].plot([], [], "x", color="0.3", label=f"last {TRUNCATED} blocks not pre-trained")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=110)

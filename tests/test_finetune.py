@@ -327,6 +327,33 @@ def test_protocols_leave_nothing_but_a_line(tmp_path, capsys, protocol):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_every_block_is_probed(tmp_path, capsys, pool):
+    model, tokens = vit(pool="none"), []
+    torch.save(model.state_dict(), tmp_path / "encoder.pth")
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: tokens.append(output))
+
+    def pooled(data):
+        tokens.clear()
+        with torch.no_grad():
+            model(mirl.normalise_images(data.images))
+        means = [x[:, 1:].mean(dim=1) for x in tokens]
+        return means if pool == "cls" else [F.layer_norm(x, (96,), eps=1e-6) for x in means]
+
+    flags = ["--pool", pool, "--from", tmp_path / "encoder.pth", "--protocol"]
+    args = train_finetune.parse(["--data", "shapes", "--train-images", "32"])
+    train, val = (train_finetune.labelled(args, split) for split in ("train", "val"))
+    expected = []
+    for x, queries in zip(pooled(train), pooled(val), strict=True):
+        votes = train_finetune.knn_scores(x, train.labels, queries, 16)
+        expected.append(100 * (votes.argmax(dim=1) == val.labels).double().mean().item())
+    assert finetune(*flags, "blocks") == finetune(*flags, "knn") == 0
+    blocks, knn = map(json.loads, capsys.readouterr().out.splitlines()[1::2])
+    assert blocks["top1"] == pytest.approx(expected, abs=0.01) and len(blocks["top5"]) == 6
+    assert pool == "cls" or blocks["top1"][-1] == knn["top1"]
+
+
 def test_the_validation_images_are_the_same_in_every_run():
     def images(seed, count, split):
         flags = ["--data", "shapes", "--train-images", "20", "--val-images", str(count)]

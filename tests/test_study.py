@@ -1,5 +1,6 @@
 """The depth study: its cells are what they are called, its table is what the results say."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -7,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torchvision.transforms import v2
 
+import mirl
 import train_finetune
 import train_pretrain
 
@@ -73,6 +76,7 @@ def test_table_and_figure_of_known_results(tmp_path):
         dict(common, cell="c", method="scratch", seed=0, top1=41.26, linear=20.0, knn=10.0),
         dict(common | dict(truncated=True), cell="d", method="mirl", seed=0, loss=0.6, top1=51.0),
     ]
+    lines[1]["blocks"] = [30.0] * 24
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--draw"]
     subprocess.run(command, check=True)
@@ -84,6 +88,25 @@ def test_table_and_figure_of_known_results(tmp_path):
         "| 24 | MIRL, 18 blocks | 0.600 | 51.0 |  |  |",
     ]
     assert (tmp_path / "depth.png").stat().st_size > 5000
+
+
+def test_a_cell_from_end_to_end(tmp_path, monkeypatch):
+    shapes = mirl.make_shapes(32, 0)
+    for i, image in enumerate(shapes.images):
+        path = tmp_path / "data" / ("train" if i % 2 else "val") / str(i % 3)
+        path.mkdir(parents=True, exist_ok=True)
+        v2.functional.to_pil_image(image).save(path / f"{i}.png")
+    few = "--epochs 1 --warmup-epochs 0 --batch-size 8 --workers 0"
+    tiny = dict(models={12: "vit_nano"}, pretrain=few, finetune=few, probe="--workers 0")
+    monkeypatch.setitem(study.SIZES, "cpu", tiny)
+    args = argparse.Namespace(
+        out=tmp_path / "out", size="cpu", data=str(tmp_path / "data"), device="cpu"
+    )
+    result = study.run_cell(study.Cell("mirl", 12, False, 7), args, threads=1)
+    assert (result["cell"], result["seed"], result["method"]) == ("mirl-12-seed7", 7, "mirl")
+    assert len(result["blocks"]) == 6 and result["blocks"][-1] == result["knn"]
+    assert 0 < result["loss"] < 10 and 0 <= result["top1"] <= 100 and 0 <= result["linear"] <= 100
+    assert sum(key.endswith("_seconds") for key in result) == 4
 
 
 def test_a_failing_cell_ends_the_study_with_its_reason(tmp_path):
