@@ -180,10 +180,9 @@ def draw(table: dict, path: Path) -> None:
         for method, colour in colours.items():
             for seen in table.get((method, depth, False), {}).get("blocks", []):
                 axes.plot(range(1, depth + 1), seen, color=colour, linewidth=1)
-        title = f"{depth} blocks: nearest neighbours, a line a seed"
-        axes.set(title=title, xlabel="after block", xlim=(1, depth))
-    for row in (panels, by_block):
-        row[0].set_ylabel("top-1, %")
+        axes.set(title=f"{depth} blocks, every seed", xlabel="after block", xlim=(1, depth))
+    panels[0].set_ylabel("top-1, %")
+    by_block[0].set_ylabel("nearest neighbours, top-1, %")
     panels[0].plot([], [], "x", color="0.3", label=f"last {TRUNCATED} blocks not pre-trained")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=110)
