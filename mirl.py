@@ -792,10 +792,9 @@ def feature_loss(
                 "the feature-level loss needs negatives, and the batch on the devices is one "
                 "image: raise --device-batch-size, or give --feature-negatives none"
             )
-        # Eq. 1 is the cross-entropy of picking the image's own z⁺ among those of all images
-        with torch.autocast(
-            z.device.type, enabled=False
-        ):  # 1/τ magnifies what half precision loses
+        # Eq. 1 is the cross-entropy of picking the image's own z⁺ among those of all images;
+        # without autocast, because 1/τ magnifies what half precision loses
+        with autocast(z.device, torch.float32):
             scores = torch.einsum("bnd,cnd->nbc", z, everyone) / tau  # (N, B, all B)
         own = process_rank() * B + torch.arange(B, device=z.device)  # (B,), where z⁺ is in them
         losses = F.cross_entropy(scores.flatten(0, 1), own.repeat(N), reduction="none")
@@ -2141,8 +2140,8 @@ class TrainingFlags:
     device: str = flag("auto", "auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu")
     dtype: str = flag(
         "auto",
-        "precision of the forward pass; auto is bf16 on GPUs made for it, else fp32, whose matrix "
-        "products are TF32 there. fp16 runs with a loss scaler and overflows sooner",
+        "precision of the forward pass; auto is bf16 on GPUs made for it, else fp32 (on a GPU with "
+        "TF32 in matrix products). fp16 runs with a loss scaler and overflows sooner",
         ("auto", "bf16", "fp16", "fp32"),
     )
     compile: bool = flag(False, "torch.compile: minutes of waiting first, then faster steps")
