@@ -341,7 +341,8 @@ def linear_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int, seed
 class EveryBlock(nn.Module):
     """The pooled features of a ViT after each of its blocks: images -> (B, depth, D).
 
-    The mean over the patches, normed as the head's input is; the last are what `knn` looks at.
+    The mean over the patches, normed as the head's input is; with the pool "mean" the last are what
+    `knn` looks at.
     """
 
     def __init__(self, vit: mirl.ViT):
