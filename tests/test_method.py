@@ -167,6 +167,27 @@ def test_patch_embedding_equals_the_convolution():
     torch.testing.assert_close(encoder.patch_embed(encoder.patchify(images())), conv)
 
 
+# -- attention --
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_attention_in_loops(dtype, error):
+    """The fused one and the one written out; scores so large that bad softmaxes would show."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (3 * torch.randn(2, 3, n, 4, generator=generator).to(dtype) for n in (5, 7, 7))
+    out = mirl.attention(q, k, v)
+    assert (out.shape, out.dtype) == ((2, 3, 5, 4), dtype)
+    for image in range(2):
+        for head in range(3):
+            for query in range(5):
+                q1, k1, v1 = q[image, head, query].tolist(), k[image, head].tolist(), v[image, head]
+                scores = [sum(a * b for a, b in zip(q1, key, strict=True)) / 2 for key in k1]
+                weights = [math.exp(score - max(scores)) for score in scores]
+                mean = sum(w * value for w, value in zip(weights, v1.double(), strict=True))
+                difference = out[image, head, query].double() - mean / sum(weights)
+                assert difference.abs().max() < error * v1.abs().max()
+
+
 # -- the loss --
 
 
