@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn as nn
-from test_pretrain import ROOT, TORCHRUN
+from test_pretrain import ROOT, TORCHRUN, needs_gpu
 
 import eval_speed
 import mirl
@@ -158,6 +158,15 @@ def test_two_processes_add_up(tmp_path, mode):
 def test_bf16(capsys, flags, mode):
     assert speed("--mode", mode, *flags) == 0
     assert "dtype bfloat16" in capsys.readouterr().out
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", [[], ["--mode", "pretrain", "--compile", "default"]])
+def test_on_a_gpu(tmp_path, flags):
+    path = tmp_path / "speed.json"
+    assert speed("--device", "cuda", "--json", path, *flags) == 0
+    [row] = json.loads(path.read_text())["rows"]
+    assert row["lowest"] > 0 and row["memory_gib"] > 0
 
 
 @pytest.mark.parametrize(
