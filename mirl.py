@@ -314,7 +314,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     By torch's fused kernel; written out for bfloat16 on a CPU, where that is the faster one.
     """
     if q.is_cpu and q.dtype == torch.bfloat16:
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+        scores = q * q.shape[-1] ** -0.5 @ k.contiguous().mT  # (B, h, n, m)
+        return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
