@@ -106,6 +106,28 @@ def test_windows_are_timed_and_interleaved(monkeypatch):
     assert row["tflops"] == pytest.approx(2 * 4 / 3)
 
 
+def test_a_window_on_a_gpu_is_timed_by_events_and_waits_once(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 4500.0 if end is not self else 0.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    seconds = eval_speed.seconds_of(lambda: log.append("run"), 3, torch.device("cuda"))
+    assert log == ["record", "run", "run", "run", "record", "wait"]
+    assert seconds == 1.5
+
+
 def test_running_out_of_memory_is_reported_and_survived(tmp_path, capsys, monkeypatch):
     original = eval_speed.whole_step
 
