@@ -1322,7 +1322,7 @@ AUGMENTATIONS: dict[str, Callable] = {
     "equalize": lambda x, s: TF.equalize(x),
     "invert": lambda x, s: TF.invert(x),
     "rotate": lambda x, s: _move(x, angle=30 * either_way(s)),
-    "posterize": lambda x, s: TF.posterize(x, 4 - int(4 * s)),
+    "posterize": lambda x, s: TF.posterize(x, max(1, 4 - int(4 * s))),  # 0 bits would be black
     "solarize": lambda x, s: TF.solarize(x, 256 - int(256 * s)),
     "solarize_add": _solarize_add,
     "color": lambda x, s: TF.adjust_saturation(x, 1 + 0.9 * either_way(s)),

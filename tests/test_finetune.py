@@ -92,6 +92,16 @@ def test_every_operation_keeps_the_size_and_grows_with_its_strength(name, monkey
         assert change(0.9) > change(0.3) and (change(0.0) < 1 or name == "posterize")
 
 
+@pytest.mark.parametrize("name", mirl.AUGMENTATIONS)
+@pytest.mark.parametrize("size", [(1, 1), (33, 17), (1, 20)])
+def test_every_operation_at_every_strength(name, size):
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (3, *size[::-1]), dtype=torch.uint8)
+    for strength in (0.0, 0.05, 0.5, 0.999, 1.0):
+        out = mirl.AUGMENTATIONS[name](v2.functional.to_pil_image(pixels), strength)
+        assert out.size == size and out.mode == "RGB"
+
+
 def test_small_images_are_padded_and_cropped_large_ones_cropped_and_resized():
     """A 32-pixel image keeps its scale: each row of a crop is a row of the image, or padding."""
     torch.manual_seed(0)
