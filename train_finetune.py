@@ -28,6 +28,7 @@ raw-last.pt, raw-best.pt, ema-last.pt, ema-best.pt.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
+from torch.optim.swa_utils import AveragedModel
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
 
 import mirl
-from mirl import UserError, flag, say
+from mirl import UserError, flag, require, say
 
 # Everything that a recipe sets; the flags override it.
 RECIPES = {
@@ -133,9 +136,10 @@ class Args(mirl.TrainingFlags):
         None,
         "use this many of the training images, drawn by --seed; default all, but for the quick "
         "recipe's shapes 500",
+        low=1,
     )
     val_images: int | None = flag(
-        None, "use this many of the validation images, the same in every run; default all"
+        None, "use this many of the validation images, the same in every run; default all", low=1
     )
     out: str | None = flag(None, "the run's folder; default runs/finetune-<recipe>")
     layer_decay: float | None = flag(
@@ -143,19 +147,29 @@ class Args(mirl.TrainingFlags):
         "factor on the learning rate from each layer to the one below it: lower keeps more of what "
         "was pre-trained, nearer 1 suits deeper models, 1 suits training from scratch; imagenet by "
         "--model",
+        above=0,
+        high=1,
     )
     drop_path: float | None = flag(
-        None, "rate of stochastic depth in the last block; imagenet by --model"
+        None, "rate of stochastic depth in the last block; imagenet by --model", low=0
     )
-    randaug: float | None = flag(None, "RandAug's magnitude, 0 to 10; 0 turns it off")
-    erasing: float = flag(0.0, "probability of random erasing; the released code has 0.25")
-    mixup: float | None = flag(None, "mixup's alpha; 0 turns it off")
-    cutmix: float | None = flag(None, "cutmix's alpha; with mixup too, one of them a batch")
-    label_smoothing: float = flag(0.1, "share of each target spread over all classes")
+    randaug: float | None = flag(
+        None, "RandAug's magnitude, 0 to 10; 0 turns it off", low=0, high=10
+    )
+    erasing: float = flag(
+        0.0, "probability of random erasing; the released code has 0.25", low=0, high=1
+    )
+    mixup: float | None = flag(None, "mixup's alpha; 0 turns it off", low=0)
+    cutmix: float | None = flag(None, "cutmix's alpha; with mixup too, one of them a batch", low=0)
+    label_smoothing: float = flag(
+        0.1, "share of each target spread over all classes", low=0, high=1
+    )
     ema_decay: float | None = flag(
         None,
         "decay of the moving average of the weights, a step; lower it for runs of few steps; 0 "
         "turns it off",
+        low=0,
+        high=1,
     )
     pool: str = flag("mean", "the head's input: mean over patches, or cls", ("mean", "cls"))
 
@@ -165,27 +179,241 @@ def parse(argv: list[str] | None = None) -> Args:
     for name, value in TABLE_2.get(args.model, TABLE_2["vit_b"]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    mirl.settle(args, f"runs/finetune-{args.recipe}")
-    natural = ("drop_path", "ema_decay", "randaug", "erasing", "mixup", "cutmix", "label_smoothing")
-    mirl.check_range(args, train_images=1, val_images=1, layer_decay=math.ulp(0))
-    mirl.check_range(args, **dict.fromkeys(natural, 0))
-    highest = dict(erasing=1, label_smoothing=1, layer_decay=1, randaug=10, ema_decay=1)
-    for name, high in highest.items():
-        if getattr(args, name) > high:
-            raise UserError(f"--{name.replace('_', '-')} must be at most {high}")
+    args.settle(f"runs/finetune-{args.recipe}")
     for name in ("mixup", "cutmix"):
-        if 0 < getattr(args, name) < 1e-30:
-            raise UserError(f"--{name} {getattr(args, name)} is too small: 0 turns it off")
+        value = getattr(args, name)
+        require(not 0 < value < 1e-30, f"--{name} {value} is too small: 0 turns it off")
     if args.train_images is None and (args.recipe, args.data) == ("quick", "shapes"):
         args.train_images = 500
     quick = Path("runs/mirl-quick/encoder.pt")
     if args.from_ is None:
         args.from_ = str(quick) if args.recipe == "quick" and quick.exists() else "scratch"
-    if sum((args.eval, bool(args.predict), args.protocol != "finetune")) > 1:
-        raise UserError("--eval, --predict and --protocol exclude each other: give one of them")
-    if (args.eval or args.predict) and args.from_ == "scratch":
-        raise UserError("--eval and --predict need --from, a model that this script fine-tuned")
+    require(
+        sum((args.eval, bool(args.predict), args.protocol != "finetune")) <= 1,
+        "--eval, --predict and --protocol exclude each other: give one of them",
+    )
+    require(
+        not (args.eval or args.predict) or args.from_ != "scratch",
+        "--eval and --predict need --from, a model that this script fine-tuned",
+    )
     return args
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    training = not (args.eval or args.predict) and args.protocol == "finetune"
+    with mirl.interruptible(args.out if training else None), mirl.processes(args.device) as device:
+        if training:
+            mirl.check_out(args.out, args.resume)
+        mirl.check_machine(args, device)
+        torch.manual_seed(args.seed)  # the same initial weights in every process
+        args.workers = mirl.pick_workers(args.workers)
+        if args.predict:
+            return predict(args, device)
+        val = labelled(args, "val")
+        if args.eval:
+            return evaluate_file(args, val, device)
+        train = labelled(args, "train")
+        if args.protocol != "finetune":
+            return probe(args, train, val, device)
+
+        model = new_model(args, len(val.classes)).to(device)
+        config = model.config
+        split = mirl.split_batch(
+            len(train.images), args.batch_size, args.device_batch_size, device_limit(config)
+        )
+        transform = finetune_transform(config.image_hw, args.randaug)
+        loader = mirl.Loader(train, transform, args.seed, device, args.workers)
+        val_loader = validation_loader(args, val, config, device)
+        mix = mixing(args, config.num_classes)
+
+        average = EMA(model, args.ema_decay) if args.ema_decay else None
+        models = {"raw": model} | ({"ema": average.module} if average else {})
+        groups = mirl.parameter_groups(
+            model, args.lr, args.weight_decay, layer_decay(args.layer_decay, config.depth)
+        )
+        say(f"from {args.from_}")
+        run = mirl.Run(model, args, groups, (0.9, 0.999), split, train, device, average)
+        for epoch in run.epochs():
+            batches = loader.epoch(epoch, mirl.shuffled(split, args.seed, epoch).tolist())
+            for i, (images, labels) in enumerate(run.timed(batches), start=1):
+                # a step is `accumulation` micro-batches; processes average gradients in its last
+                last = i % split.accumulation == 0
+                run.model.require_backward_grad_sync = last
+                images, targets = mix(images, labels)  # (device batch, 3, H, W)
+                with mirl.autocast(device, run.dtype):
+                    logits = run.model(images)  # (device batch, classes)
+                loss = loss_function(logits, targets, args.label_smoothing)
+                run.scaler.scale(loss / split.accumulation).backward()
+                run.note(loss=loss)
+                if last:
+                    run.update()
+                    if average:
+                        average.update_parameters(model)
+            found = evaluate(list(models.values()), val_loader, run.dtype)
+            scores = dict(zip(models, found, strict=True))
+            for name, scored in models.items():
+                keep_best(run, name, scored, scores[name]["top1"], epoch)
+            say("  ".join(f"{n}: top-1 {s['top1']:.2f} %" for n, s in scores.items()))
+            record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
+            run.end_epoch(**record, corrupt_files=len(loader.corrupt | val_loader.corrupt))
+        if mirl.RANK == 0:
+            kept = {run.out / f"{name}-best.pt": name for name in models}
+            saved = {path: mirl.load_file(path) for path in kept}
+            best = max(saved, key=lambda path: (saved[path]["top1"], str(path)))
+            say(
+                f"done: the best model is {best}, top-1 {saved[best]['top1']:.2f} % after epoch "
+                f"{saved[best]['epoch']}"
+            )
+
+
+def loss_function(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy in float32; a share `smoothing` of each target is spread over all classes."""
+    return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+
+def keep_best(run: mirl.Run, name: str, model: mirl.ViT, top1: float, epoch: int) -> None:
+    """<name>-last.pt, and <name>-best.pt where this epoch is the best one so far."""
+    if mirl.RANK == 0:
+        more = dict(classes=run.data["classes"], epoch=epoch + 1, top1=top1)
+        mirl.save_model(run.out / f"{name}-last.pt", model, **more)
+        if all(top1 > record[f"{name}_top1"] for record in run.history):
+            mirl.save_model(run.out / f"{name}-best.pt", model, **more)
+
+
+# ------------------------------------------------------------------------------------------------
+# Layer-wise learning rates, moving average
+# ------------------------------------------------------------------------------------------------
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The layer that layer-wise lr decay counts a parameter to: 0 for the class token, positions
+    and patch embedding, k + 1 for block k, depth + 1 for the rest. [S A.1]"""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def layer_decay(decay: float, depth: int) -> Callable[[str], float]:
+    """The factor on a parameter's learning rate in layer l: decay^(depth + 1 − l). [S A.1]"""
+    return lambda name: decay ** (depth + 1 - layer_of(name, depth))
+
+
+class EMA(AveragedModel):
+    """A moving average of a model's parameters: call `update_parameters(model)` after every step.
+
+    At update t = 0, 1, … the decay is min(decay, (1 + t)/(10 + t)), to forget the start. [R]
+    torch's own update would wait for the device in every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
+
+    def update_parameters(self, model: nn.Module) -> None:
+        t = self.n_averaged.item()  # which lies on the CPU
+        mirl.move_average(self.module, model, keep=min(self.decay, (1 + t) / (10 + t)))
+        self.n_averaged += 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Augmentation
+# ------------------------------------------------------------------------------------------------
+
+
+def either_way(strength: float) -> float:
+    return strength if torch.rand(()) < 0.5 else -strength
+
+
+def move(image: Tensor, angle=0.0, right=0.0, down=0.0, shear_x=0.0, shear_y=0.0) -> Tensor:
+    """Turn (degrees), shift (shares of the sides) or shear (tangents); the corners become grey."""
+    shift = [int(right * image.shape[2]), int(down * image.shape[1])]
+    shear = [math.degrees(math.atan(t)) for t in (shear_x, shear_y)]
+    grey = [round(255 * m) for m in mirl.IMAGENET_MEAN]
+    return TF.affine(image, angle, shift, 1.0, shear, InterpolationMode.BILINEAR, grey)
+
+
+# What each operation of RandAug does to x, uint8 (3, H, W), at strength s in [0, 1]: more is
+# stronger. [R]
+AUGMENTATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "autocontrast": lambda x, s: TF.autocontrast(x),
+    "equalize": lambda x, s: TF.equalize(x),
+    "invert": lambda x, s: TF.invert(x),
+    "rotate": lambda x, s: move(x, angle=30 * either_way(s)),
+    "posterize": lambda x, s: TF.posterize(x, max(1, 4 - int(4 * s))),  # no bits would be black
+    "solarize": lambda x, s: torch.where(x >= 256 - int(256 * s), 255 - x, x),
+    "solarize_add": lambda x, s: torch.where(x < 128, x + int(110 * s), x),
+    "color": lambda x, s: TF.adjust_saturation(x, 1 + 0.9 * either_way(s)),
+    "contrast": lambda x, s: TF.adjust_contrast(x, 1 + 0.9 * either_way(s)),
+    "brightness": lambda x, s: TF.adjust_brightness(x, 1 + 0.9 * either_way(s)),
+    "sharpness": lambda x, s: TF.adjust_sharpness(x, 1 + 0.9 * either_way(s)),
+    "shear_x": lambda x, s: move(x, shear_x=0.3 * either_way(s)),
+    "shear_y": lambda x, s: move(x, shear_y=0.3 * either_way(s)),
+    "translate_x": lambda x, s: move(x, right=0.45 * either_way(s)),
+    "translate_y": lambda x, s: move(x, down=0.45 * either_way(s)),
+}
+
+
+class RandAugment(nn.Module):
+    """RandAug (magnitude, 0.5) as the paper's recipe means it. [S A.1, Table 2]
+
+    Two operations an image, each applied with probability 1/2, at a magnitude drawn from
+    N(magnitude, 0.5) on a scale of 0 to 10. It is not torchvision's RandAugment(2, 9), where 9 is
+    one of 31 bins, about 30 %, and both operations always apply. Takes and returns uint8 (3, H, W);
+    random numbers come from torch's global generator.
+    """
+
+    def __init__(self, magnitude: float):
+        super().__init__()
+        self.magnitude = magnitude
+
+    def strength(self) -> float:
+        """A draw of the magnitude, as a share of 10."""
+        drawn = self.magnitude + 0.5 * torch.randn(()).item()
+        return min(max(drawn / 10, 0.0), 1.0)
+
+    def forward(self, image: Tensor) -> Tensor:
+        for _ in range(2):
+            name = list(AUGMENTATIONS)[torch.randint(len(AUGMENTATIONS), ()).item()]
+            if torch.rand(()) < 0.5:
+                image = AUGMENTATIONS[name](image, self.strength())
+        return image
+
+
+def finetune_transform(size: tuple[int, int], randaug: float) -> Callable[[Tensor], Tensor]:
+    """[S A.1, Table 2]: crop, flip, RandAug of this magnitude (0: none); uint8 (3, h, w) ->
+    uint8 (3, *size).
+
+    The crop is random and resized (area 0.08 to 1); for sizes up to 64 the whole image, padded by
+    an eighth and cropped at random.
+    """
+    crop = [v2.RandomResizedCrop(size, interpolation=mirl.BICUBIC, antialias=True)]
+    if min(size) <= mirl.SMALL:
+        padding = [size[1] // 8, size[0] // 8]
+        crop = [mirl.whole_image(size), v2.RandomCrop(size, padding=padding)]
+    randaug = [RandAugment(randaug)] if randaug else []
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *randaug])
+
+
+def mixing(args: Args, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(images, labels) -> (images, targets), on the device: random erasing by pixel noise, image by
+    image [R]; then mixup or cutmix, with probability 1/2 each and one λ a batch. [S A.1]"""
+    erase = v2.RandomErasing(args.erasing, value="random")
+    kinds = ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
+    choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+    mix = v2.RandomChoice(choices) if choices else lambda images, labels: (images, labels)
+
+    def both(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if args.erasing:
+            images = torch.stack([erase(image) for image in images])
+        return mix(images, labels)
+
+    return both
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,28 +421,27 @@ def parse(argv: list[str] | None = None) -> Args:
 # ------------------------------------------------------------------------------------------------
 
 
-def labelled(args: Args, split: str):
+def labelled(args: Args, split: str) -> mirl.Images:
     """The images of a data set that have labels. Raises UserError where there are none."""
     data = mirl.load_data(args.data, args.data_dir, split)
     keep = (data.labels >= 0).nonzero()[:, 0]
-    if not len(keep):
-        raise UserError(
-            f"--data {args.data}: the {split} images have no labels; they come from the folders "
-            "train/<class>/ and val/<class>/"
-        )
-    if len(keep) < len(data.images):
-        left = len(data.images) - len(keep)
+    require(
+        len(keep),
+        f"--data {args.data}: the {split} images have no labels; they come from the folders "
+        "train/<class>/ and val/<class>/",
+    )
+    left = len(data.images) - len(keep)
+    if left:
         say(
             f"warning: {left} of the {split} images are in no folder of a class in train/: left out"
         )
     wanted = dict(train=args.train_images, val=args.val_images)[split]
     if wanted is not None:
-        if wanted > len(keep):
-            raise UserError(f"--{split}-images {wanted}: there are {len(keep)}")
+        require(wanted <= len(keep), f"--{split}-images {wanted}: there are {len(keep)}")
         seed = mirl.seed_of("images", args.seed if split == "train" else 0)
         order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(seed))
         keep = keep[order[:wanted]]
-    return mirl.select(data, keep)
+    return data.select(keep)
 
 
 def new_model(args: Args, classes: int) -> mirl.ViT:
@@ -241,22 +468,15 @@ def finetuned_model(path: str) -> tuple[mirl.ViT, list[str]]:
     return model, classes
 
 
-def in_order(args: Args, data, config: mirl.Config, device: torch.device) -> mirl.WorkerLoader:
-    """Every image once, over all processes, as the validation sees it."""
-    order = mirl.InOrder(len(data.images), device_limit(config))
-    transform = mirl.evaluation_transform(config.image_hw)
-    return mirl.WorkerLoader(data, transform, order, 0, device, args.workers)
-
-
 def device_limit(config: mirl.Config) -> int:
+    """Images on a device at a time, unless told otherwise."""
     return max(1, 128 * 196 // config.num_patches)
 
 
-def mixing(args: Args, classes: int):
-    """(images, labels) -> (images, targets): mixup and cutmix alternate, one λ a batch. [S A.1]"""
-    kinds = ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
-    choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
-    return v2.RandomChoice(choices) if choices else lambda images, labels: (images, labels)
+def validation_loader(args: Args, data: mirl.Images, config: mirl.Config, device: torch.device):
+    """Images as the validation sees them; the label of one that cannot be read is −1."""
+    transform = mirl.whole_image(config.image_hw)
+    return mirl.Loader(data, transform, 0, device, args.workers, labelled=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,22 +485,22 @@ def mixing(args: Args, classes: int):
 
 
 @torch.no_grad()
-def outputs(models: list[nn.Module], loader: mirl.WorkerLoader, dtype: torch.dtype):
+def outputs(models: list[nn.Module], loader: mirl.Loader, dtype: torch.dtype):
     """What each model makes of this process's images, float32 (b, ·), and their labels, in turn.
 
-    The label of an image that cannot be read is −1.
+    Every image comes once over all processes. The label of one that cannot be read is −1.
     """
     for model in models:
         model.eval()
-    for images, labels in loader.epoch(0):
-        images = mirl.normalise_images(images)
+    batches = mirl.in_order(len(loader.data.images), device_limit(models[0].config))
+    for images, labels in loader.epoch(0, batches):
         with mirl.autocast(images.device, dtype):
             out = [model.forward(images) for model in models]  # around torch.compile's shapes
         yield [x.float() for x in out], labels
 
 
 def evaluate(
-    models: list[mirl.ViT], loader: mirl.WorkerLoader, dtype: torch.dtype
+    models: list[mirl.ViT], loader: mirl.Loader, dtype: torch.dtype
 ) -> list[dict[str, float]]:
     """Each model's top-1 and top-5 in percent and mean cross-entropy; an image counts once."""
     mine = torch.zeros(len(models), 4, device=loader.device)
@@ -298,6 +518,34 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
     return torch.stack([hits[:, 0].sum(), hits.sum(), loss, (labels >= 0).sum()])
+
+
+def evaluate_file(args: Args, val: mirl.Images, device: torch.device) -> None:
+    """Print the scores of the fine-tuned model --from."""
+    model, classes = finetuned_model(args.from_)
+    require(
+        classes == val.classes, f"--from {args.from_} knows other classes than --data {args.data}"
+    )
+    loader = validation_loader(args, val, model.config, device)
+    dtype = mirl.pick_dtype(args.dtype, device)
+    say(json.dumps(evaluate([model.to(device)], loader, dtype)[0]))
+
+
+@torch.no_grad()
+def predict(args: Args, device: torch.device) -> None:
+    """Print the five likeliest classes of every image."""
+    model, classes = finetuned_model(args.from_)
+    model.to(device).eval()
+    for path in args.predict:
+        require(Path(path).is_file(), f"--predict: there is no file {path}")
+    for path in args.predict:
+        data = mirl.Images(mirl.Names([path]), torch.tensor([0]), classes)
+        images = mirl.fixed_images(data, model.config.image_hw, 1).to(device)
+        probabilities = model(images)[0].softmax(dim=0)
+        top = probabilities.topk(min(5, len(classes)))
+        say(path)
+        for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            say(f"  {100 * p:5.1f} %  {classes[i]}")
 
 
 def knn_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
@@ -350,11 +598,11 @@ class EveryBlock(nn.Module):
         self.vit, self.config = vit, vit.config
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.vit.intermediate_features(images, list(range(self.config.depth)))
-        return torch.stack([self.vit.fc_norm(m.mean(dim=(2, 3))) for m in maps], dim=1)
+        pooled = torch.stack([x[:, 1:].mean(dim=1) for x in self.vit.each_block(images)], dim=1)
+        return self.vit.fc_norm(pooled) if self.config.pool == "mean" else pooled
 
 
-def probe(args: Args, train, val, device: torch.device) -> None:
+def probe(args: Args, train: mirl.Images, val: mirl.Images, device: torch.device) -> None:
     """Print how well a frozen encoder's features, the head's input or those of every block, tell
     the classes apart."""
     model = new_model(args, len(val.classes)).to(device)
@@ -364,14 +612,13 @@ def probe(args: Args, train, val, device: torch.device) -> None:
     dtype = mirl.pick_dtype(args.dtype, device)
     features = []
     for data in (train, val):
-        found = outputs([model], in_order(args, data, model.config, device), dtype)
+        found = outputs([model], validation_loader(args, data, model.config, device), dtype)
         parts = zip(*((x[labels >= 0], labels[labels >= 0]) for [x], labels in found), strict=True)
         mine = [torch.cat(part).cpu() for part in parts]  # empty where there is less than a share
         gathered = zip(*filter(None, mirl.gather(mine)), strict=True)
         features += [torch.cat(part).to(device) for part in gathered]
     x, labels, queries, truth = features
-    if len(x) < 2:
-        raise UserError(f"--protocol {args.protocol} needs at least 2 training images")
+    require(len(x) > 1, f"--protocol {args.protocol} needs at least 2 training images")
     blocks = args.protocol == "blocks"
     tops = []
     for a, b in zip(x.unbind(1), queries.unbind(1), strict=True) if blocks else [(x, queries)]:
@@ -384,102 +631,6 @@ def probe(args: Args, train, val, device: torch.device) -> None:
     top1, top5 = zip(*tops, strict=True) if blocks else tops[0]
     counts = dict(train_images=len(x), val_images=int(n))
     say(json.dumps(dict(protocol=args.protocol, top1=top1, top5=top5, **counts)))
-
-
-@torch.no_grad()
-def predict(args: Args, device: torch.device) -> None:
-    """Print the five likeliest classes of every image."""
-    model, classes = finetuned_model(args.from_)
-    model.to(device).eval()
-    missing = [path for path in args.predict if not Path(path).is_file()]
-    if missing:
-        raise UserError(f"--predict: there is no file {missing[0]}")
-    for path in args.predict:
-        data = mirl.ImageFiles([path], torch.tensor([0]), classes)
-        images = mirl.fixed_images(data, model.config.image_hw, 1).to(device)
-        probabilities = model(images)[0].softmax(dim=0)
-        top = probabilities.topk(min(5, len(classes)))
-        say(path)
-        for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            say(f"  {100 * p:5.1f} %  {classes[i]}")
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    training = not (args.eval or args.predict) and args.protocol == "finetune"
-    with mirl.interruptible(args.out if training else None), mirl.processes(args.device) as device:
-        if training:
-            mirl.check_out(args.out, args.resume)
-        mirl.check_machine(args, device)
-        torch.manual_seed(args.seed)  # the same initial weights in every process
-        args.workers = mirl.pick_workers(args.workers)
-        if args.predict:
-            return predict(args, device)
-        val = labelled(args, "val")
-        if args.eval:
-            model, classes = finetuned_model(args.from_)
-            if classes != val.classes:
-                raise UserError(f"--from {args.from_} knows other classes than --data {args.data}")
-            loader = in_order(args, val, model.config, device)
-            dtype = mirl.pick_dtype(args.dtype, device)
-            return say(json.dumps(evaluate([model.to(device)], loader, dtype)[0]))
-        train = labelled(args, "train")
-        if args.protocol != "finetune":
-            return probe(args, train, val, device)
-
-        model = new_model(args, len(val.classes)).to(device)
-        config = model.config
-        split = mirl.split_batch(args.batch_size, args.device_batch_size, device_limit(config))
-        shares = mirl.Shares(len(train.images), split, args.seed)
-        transform = mirl.finetune_transform(config.image_hw, args.randaug, args.erasing)
-        loader = mirl.WorkerLoader(train, transform, shares, args.seed, device, args.workers)
-        val_loader = in_order(args, val, config, device)
-        mix = mixing(args, config.num_classes)
-
-        average = mirl.EMA(model, args.ema_decay) if args.ema_decay else None
-        models = {"raw": model} | ({"ema": average.module} if average else {})
-        groups = mirl.parameter_groups(model, args.lr, args.weight_decay, args.layer_decay)
-        trainer = mirl.Trainer(model, args, groups, (0.9, 0.999), shares, train, device, average)
-        trainer.announce(f"{args.model} from {args.from_}")
-        for epoch in trainer.epochs():
-            for images, labels in loader.epoch(epoch):
-                images, targets = mix(images, labels)
-                with trainer.forward():
-                    logits = trainer.model(images)
-                smoothing = args.label_smoothing
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                trainer.backward(loss, {})
-            trainer.check_weights()
-            found = evaluate(list(models.values()), val_loader, trainer.dtype)
-            scores = dict(zip(models, found, strict=True))
-            record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
-            corrupt = len(loader.corrupt | val_loader.corrupt)
-            for name, m in models.items():
-                save_model(trainer, name, m, scores[name]["top1"], epoch)
-            say("  ".join(f"{n}: top-1 {s['top1']:.2f} %" for n, s in scores.items()))
-            trainer.end_epoch(epoch, **record, corrupt_files=corrupt)
-        if mirl.is_main():
-            top1, path, epoch = max(
-                (saved["top1"], str(path), saved["epoch"])
-                for path in (trainer.out / f"{name}-best.pt" for name in models)
-                for saved in [mirl.load_file(path)]
-            )
-            say(f"done: the best model is {path}, top-1 {top1:.2f} % after epoch {epoch}")
-
-
-def save_model(trainer: mirl.Trainer, name: str, model: mirl.ViT, top1: float, epoch: int) -> None:
-    """<name>-last.pt, and <name>-best.pt where this epoch is the best one so far."""
-    if mirl.is_main():
-        saved = mirl.portable(model)
-        saved |= dict(classes=trainer.data["classes"], epoch=epoch + 1, top1=top1)
-        mirl.save_file(trainer.out / f"{name}-last.pt", saved)
-        if all(top1 > record[f"{name}_top1"] for record in trainer.history):
-            mirl.save_file(trainer.out / f"{name}-best.pt", saved)
 
 
 if __name__ == "__main__":

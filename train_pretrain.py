@@ -19,18 +19,22 @@ at its end encoder.pt, the encoder alone under timm's names.
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
 import mirl
-from mirl import UserError, flag, say
+from mirl import flag, require, say
 
 # Everything that a recipe sets; the flags override it.
 RECIPES = {
@@ -66,6 +70,9 @@ RECIPES = {
 }
 
 
+CROP_SCALE = (0.2, 1.0)  # share of the image's area in a random crop [R]
+
+
 @dataclass
 class Args(mirl.TrainingFlags):
     recipe: str = flag(
@@ -88,20 +95,21 @@ class Args(mirl.TrainingFlags):
     truncate: int = flag(
         0,
         "leave this many last blocks out; fine-tuning with --truncated starts them at random",
+        low=0,
     )
     loss: str = flag(
         "mirl", "mirl, or dagger: the main components' own loss is added", ("mirl", "dagger")
     )
-    omega: float = flag(1.0, "weight of what --loss dagger adds; 0.1 is gentler")
+    omega: float = flag(1.0, "weight of what --loss dagger adds; 0.1 is gentler", low=0)
     feature_weight: float = flag(
-        0.0, "weight of a feature-level loss at the end of the encoder (InfoNCE); 0: none"
+        0.0, "weight of a feature-level loss at the end of the encoder (InfoNCE); 0: none", low=0
     )
     feature_negatives: str = flag(
         "batch",
         "the other images on the devices at a time, so accumulation makes them fewer; or none",
         ("batch", "none"),
     )
-    vgg_weight: float = flag(0.0, "weight of the loss of VGG-16's activations; 0: none")
+    vgg_weight: float = flag(0.0, "weight of the loss of VGG-16's activations; 0: none", low=0)
     vgg_checkpoint: str | None = flag(
         None, "a file with torchvision's vgg16 state dict; default: downloaded"
     )
@@ -111,28 +119,101 @@ class Args(mirl.TrainingFlags):
         "train nothing; draw losses and logged gradient norms of the runs in these folders into "
         "--out (default: the first of them); needs pip install -e '.[plot]'",
     )
-    picture_every: int | None = flag(None, "epochs between two pictures; 0: at the end alone")
+    picture_every: int | None = flag(
+        None, "epochs between two pictures; 0: at the end alone", low=0
+    )
     picture_pair: int = flag(1, "which pair the pictures show, 1 (outermost) to G/2")
 
 
 def parse(argv: list[str] | None = None) -> Args:
     args = mirl.parse_flags(Args, argv, __doc__, RECIPES)
-    zero = ("picture_every", "truncate", "omega", "feature_weight", "vgg_weight")
-    mirl.check_range(args, **dict.fromkeys(zero, 0))
-    mirl.settle(args, args.plot[0] if args.plot else f"runs/{args.method}-{args.recipe}")
+    args.settle(args.plot[0] if args.plot else f"runs/{args.method}-{args.recipe}")
     return args
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.plot:
+        return plot(args.plot, Path(args.out))
+    with mirl.interruptible(args.out), mirl.processes(args.device) as device:
+        mirl.check_out(args.out, args.resume)
+        mirl.check_machine(args, device)
+
+        # the model, with the same initial weights in every process
+        torch.manual_seed(args.seed)
+        config = model_config(args)
+        model = new_model(args, config, device)
+        pairs = max(1, config.segments // 2)
+        require(
+            1 <= args.picture_pair <= pairs,
+            f"--picture-pair {args.picture_pair}: the model has {pairs}",
+        )
+
+        # the data, and how an epoch of them is cut
+        data = mirl.load_data(args.data, args.data_dir, "train")
+        limit = max(1, 256 * 196 // config.num_patches)
+        split = mirl.split_batch(len(data.images), args.batch_size, args.device_batch_size, limit)
+        args.workers = mirl.pick_workers(args.workers)
+        loader = PretrainLoader(data, config.image_hw, args, device)
+        val = mirl.load_data(args.data, args.data_dir, "val")
+        shown = mirl.fixed_images(val, config.image_hw, count=8).to(device)
+
+        groups = mirl.parameter_groups(model, args.lr, args.weight_decay)
+        run = mirl.Run(model, args, groups, (0.9, 0.95), split, data, device)
+        for epoch in run.epochs():
+            batches = loader.epoch(epoch, mirl.shuffled(split, args.seed, epoch))
+            for i, images in enumerate(run.timed(batches), start=1):  # (device batch, 3, H, W)
+                # a step is `accumulation` micro-batches; processes average gradients in its last
+                last = i % split.accumulation == 0
+                run.model.require_backward_grad_sync = last
+                with mirl.autocast(device, run.dtype):
+                    out = run.model(images)
+                run.scaler.scale(out.loss / split.accumulation).backward()
+                losses = {f"loss_{g}": loss for g, loss in enumerate(out.losses, start=1)}
+                run.note(loss=out.loss, **losses, **out.terms)
+                del out  # its predictions, before the next ones are made
+                if last:
+                    run.update(lambda: gradient_norms(model.encoder) if args.log_grad_norms else {})
+                    if args.feature_weight:
+                        model.update_momentum(momentum(run.step / split.steps, args.epochs))
+            run.end_epoch(corrupt_files=len(loader.corrupt))
+            if args.picture_every and (epoch + 1) % args.picture_every == 0:
+                draw(model, shown, args, f"epoch-{epoch + 1:04d}.png")
+
+        if mirl.RANK == 0:
+            mirl.save_model(run.out / "encoder.pt", model.encoder)
+        draw(model, shown, args, "reconstruction.png")
+        say(
+            f"done: {run.out / 'encoder.pt'} for fine-tuning, and a picture to look at, "
+            f"{run.out / 'reconstruction.png'} (columns: ground truth, masked, reconstruction, "
+            "residual, main component)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+# ------------------------------------------------------------------------------------------------
 
 
 def model_config(args: Args) -> mirl.Config:
     names = ("mask_ratio", "image_size", "patch_size", "segments", "dense", "weight_norm")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.method == "mae":
-        if given.get("segments", 1) != 1 or given.get("dense"):
-            raise UserError("--method mae is one segment without dense connections by definition")
+        require(
+            given.get("segments", 1) == 1 and not given.get("dense"),
+            "--method mae is one segment without dense connections by definition",
+        )
         given = mirl.mae_overrides(args.model) | given
     config = mirl.model_config(args.model, **given)
-    if args.truncate >= config.depth:
-        raise UserError(f"--truncate {args.truncate} leaves none of the {config.depth} blocks")
+    require(
+        args.truncate < config.depth,
+        f"--truncate {args.truncate} leaves none of the {config.depth} blocks",
+    )
     return dataclasses.replace(config, depth=config.depth - args.truncate)
 
 
@@ -146,70 +227,117 @@ def new_model(args: Args, config: mirl.Config, device: torch.device) -> mirl.MIR
     )
     if not (objectives.omega or objectives.feature or objectives.vgg):
         return mirl.MIRL(config).to(device)
-    vgg = mirl.vgg_layers(args.vgg_checkpoint).to(device) if objectives.vgg else None
+    vgg = mirl.vgg_extractor(args.vgg_checkpoint).to(device) if objectives.vgg else None
     return mirl.ExtendedMIRL(config, objectives, vgg).to(device)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    if args.plot:
-        return plot(args.plot, Path(args.out))
-    with mirl.interruptible(args.out), mirl.processes(args.device) as device:
-        mirl.check_out(args.out, args.resume)
-        mirl.check_machine(args, device)
-        torch.manual_seed(args.seed)  # the same initial weights in every process
-        config = model_config(args)
-        model = new_model(args, config, device)
-        if not 1 <= args.picture_pair <= max(1, config.segments // 2):
-            raise UserError(
-                f"--picture-pair {args.picture_pair}: the model has {max(1, config.segments // 2)}"
-            )
+def momentum(epoch: float, epochs: int) -> float:
+    """The momentum encoder's: from 0.999 to 0.9999 over the first 100 epochs, then towards 0.99999
+    at the last. [R]"""
+    if epoch < 100:
+        return 0.999 + 0.0009 * epoch / 100
+    return 0.9999 + 0.00009 * (epoch - 100) / max(1, epochs - 100)
 
-        limit = max(1, 256 * 196 // config.num_patches)
-        split = mirl.split_batch(args.batch_size, args.device_batch_size, limit)
-        data = mirl.load_data(args.data, args.data_dir, "train")
-        args.workers = mirl.pick_workers(args.workers)
-        loader = mirl.PretrainLoader(data, config.image_hw, split, args.seed, device, args.workers)
-        shown = mirl.fixed_images(
-            mirl.load_data(args.data, args.data_dir, "val"), config.image_hw, count=8
-        ).to(device)
 
-        groups = mirl.parameter_groups(model, args.lr, args.weight_decay)
-        trainer = mirl.Trainer(model, args, groups, (0.9, 0.95), loader.shares, data, device)
-        trainer.announce(f"{args.method} {args.model}")
-        if args.feature_weight:
-            trainer.after_step = lambda: model.update_momentum(
-                mirl.feature_momentum(trainer.step / trainer.steps, args.epochs)
-            )
-        if args.log_grad_norms:
-            trainer.diagnose = lambda: {
-                f"grad_{kind}": norms for kind, norms in mirl.gradient_norms(model.encoder).items()
-            }
-        for epoch in trainer.epochs():
-            for images in loader.epoch(epoch):
-                with trainer.forward():
-                    out = trainer.model(images)
-                pairs = {f"loss_{g}": loss for g, loss in enumerate(out.losses, start=1)}
-                trainer.backward(out.loss, pairs | out.terms)
-                del out  # its predictions, before the next ones are made
-            trainer.end_epoch(epoch, corrupt_files=len(loader.corrupt))
-            if args.picture_every and (epoch + 1) % args.picture_every == 0:
-                draw(model, shown, args, f"epoch-{epoch + 1:04d}.png")
+def gradient_norms(vit: mirl.ViT) -> dict[str, Tensor]:
+    """Norms of the gradients of each block's weights, (depth,) each, by kind. [S C, Figure 2]"""
+    kinds = dict(
+        grad_qkv=["attn.qkv"],
+        grad_mlp=["mlp.fc1", "mlp.fc2"],
+        grad_norm=["norm1", "norm2"],
+        grad_proj=["attn.proj"],
+    )
 
-        if mirl.is_main():
-            mirl.save_file(trainer.out / "encoder.pt", mirl.portable(model.encoder))
-        draw(model, shown, args, "reconstruction.png")
-        say(
-            f"done: {trainer.out / 'encoder.pt'} for fine-tuning, and a picture to look at, "
-            f"{trainer.out / 'reconstruction.png'} (columns: ground truth, masked, reconstruction, "
-            "residual, main component)"
-        )
+    def norm(block: nn.Module, names: list[str]) -> Tensor:
+        return nn.utils.get_total_norm([block.get_submodule(n).weight.grad for n in names])
+
+    return {k: torch.stack([norm(b, names) for b in vit.blocks]) for k, names in kinds.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# The data
+# ------------------------------------------------------------------------------------------------
+
+
+class PretrainLoader:
+    """Training images, cropped at random, flipped and normalised, on the device.
+
+    Random resized crop (area 0.2 to 1, bicubic) and horizontal flip [R]. Images in memory are kept
+    on the device as uint8 and cropped a batch at a time, with random numbers from torch's global
+    generator; files go through worker processes, with random numbers from (seed, epoch, file).
+    """
+
+    def __init__(self, data: mirl.Images, size: tuple[int, int], args: Args, device: torch.device):
+        self.data, self.size = data, size
+        self.corrupt: set[str] = set()  # files that could not be read
+        if data.in_memory:
+            self.images = data.images.to(device)
+        else:
+            crop = v2.RandomResizedCrop(size, CROP_SCALE, interpolation=mirl.BICUBIC)
+            transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
+            self.files = mirl.Loader(data, transform, args.seed, device, args.workers)
+            self.corrupt = self.files.corrupt
+
+    def epoch(self, epoch: int, order: Tensor) -> Iterator[Tensor]:
+        """The micro-batches of these images, int64 (n, device batch): float32 (b, 3, H, W)."""
+        if self.data.in_memory:
+            for indices in order.to(self.images.device):
+                yield mirl.normalise_images(random_crops(self.images[indices], self.size))
+        else:
+            for images, _ in self.files.epoch(epoch, order.tolist()):
+                yield images
+
+
+def random_crops(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip, for a batch on its device.
+
+    images: uint8 (B, C, H, W). Returns float32 (B, C, *size) in 0..255.
+    """
+    (B, C, H, W), device = images.shape, images.device
+    top, left, height, width = random_boxes(B, H, W, device).unbind(dim=1)  # (B,) each
+    flip = 1 - 2 * torch.randint(2, (B,), device=device)  # −1 or 1
+    # output coordinates, −1 to 1 over the crop, to input coordinates, −1 to 1 over the image
+    zero = torch.zeros(B, device=device)
+    x = torch.stack([flip * width / W, zero, (2 * left + width) / W - 1], dim=1)  # (B, 3)
+    y = torch.stack([zero, height / H, (2 * top + height) / H - 1], dim=1)
+    grid = F.affine_grid(torch.stack([x, y], dim=1), [B, C, *size], align_corners=False)
+    crops = F.grid_sample(
+        images.float(), grid, mode="bicubic", padding_mode="border", align_corners=False
+    )
+    return crops.clamp(0, 255)
+
+
+def random_boxes(n: int, height: int, width: int, device: torch.device) -> Tensor:
+    """The boxes of torchvision's RandomResizedCrop for n images at once: top, left, height and
+    width, float (n, 4).
+
+    Each image draws ten times an area share in CROP_SCALE and an aspect ratio in [3/4, 4/3]
+    (log-uniform). The first that fits is used; the whole image where none does.
+    """
+    low, high = CROP_SCALE
+    u, v = torch.rand(2, n, 10, device=device)
+    area = height * width * (low + (high - low) * u)
+    ratio = ((2 * v - 1) * math.log(4 / 3)).exp()
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)  # (n, 10)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    h = torch.where(found, h.gather(1, first)[:, 0], height)  # (n,)
+    w = torch.where(found, w.gather(1, first)[:, 0], width)
+    top, left = torch.rand(2, n, device=device)
+    top, left = (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor()
+    return torch.stack([top, left, h, w], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def draw(model: mirl.MIRL, images: torch.Tensor, args: Args, name: str) -> None:
+def draw(model: mirl.MIRL, images: Tensor, args: Args, name: str) -> None:
     """One row of five panels an image, under the same masks every time. [S C, Figure 1]"""
-    if not mirl.is_main():
+    if mirl.RANK != 0:
         return
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.rand(len(images), model.config.num_patches, generator=generator)
@@ -219,8 +347,7 @@ def draw(model: mirl.MIRL, images: torch.Tensor, args: Args, name: str) -> None:
     pictures = pictures.flatten(0, 1).cpu()  # (8·5, C, H, W)
     zoom = max(1, 96 // max(images.shape[2:]))  # so that small images can be seen
     grid = make_grid(F.interpolate(pictures, scale_factor=zoom), nrow=5, padding=4, pad_value=1)
-    with mirl.replacing(Path(args.out) / name) as temporary:
-        save_image(grid, temporary)
+    mirl.save(Path(args.out) / name, lambda path: save_image(grid, path))
 
 
 def plot(runs: tuple[str, ...], out: Path) -> None:
@@ -228,15 +355,13 @@ def plot(runs: tuple[str, ...], out: Path) -> None:
 
     Figure 2's rows are blocks 19 to 22 of 24: here the same four from the end.
     """
-    if not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plot needs an extra: pip install -e '.[plot]'")
+    mirl.require_extra("matplotlib", "--plot")
     from matplotlib.figure import Figure
 
     steps, kinds = {}, ("qkv", "mlp", "norm", "proj")
     for run in runs:
         path = Path(run) / "metrics.jsonl"
-        if not path.exists():
-            raise UserError(f"--plot {run}: there is no {path}")
+        require(path.exists(), f"--plot {run}: there is no {path}")
         config = json.loads((Path(run) / "config.json").read_text())
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         label = f"{Path(run).name} ({config['method']} {config['model']})"
@@ -269,8 +394,7 @@ def plot(runs: tuple[str, ...], out: Path) -> None:
 
 
 def save_figure(figure, path: Path) -> Path:
-    with mirl.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    mirl.save(path, lambda temporary: figure.savefig(temporary, dpi=110))
     return path
 
 

@@ -1,16 +1,18 @@
 """The depth study: what pre-training by MIRL and by MAE is worth to encoders of 12, 24, 48 blocks.
 
 On a CPU, two cells at a time, each on half of the cores (2 h 20 min a seed on 2 cores):
-    python assets/depth_study.py --jobs 2
+    python assets/depth/study.py --jobs 2
 
 On one GPU:
-    python assets/depth_study.py --size gpu
+    python assets/depth/study.py --size gpu
+
+The table and the figure of the results beside this file:
+    python assets/depth/study.py --draw --out assets/depth
 
 A cell is one method, depth and seed: pre-training, then fine-tuning, a linear probe, and nearest
 neighbours after every block, by the project's own scripts, whose commands are printed. The most
 telling cells come first. Each adds a line to results.jsonl in --out as it ends, and a cell that has
-its line is not run again, so a study can be stopped, continued, and given another seed. At the end
-results.md and depth.png are made of what there is; `--draw` makes them and runs nothing.
+its line is not run again, so a study can be stopped, continued, and given another seed.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Per size: the models by depth, and the flags that all of its cells share.
 SIZES = {
@@ -48,14 +50,20 @@ SIZES = {
 # Deeper encoders get a larger factor, so that the lowest layer's learning rate stays about the
 # same, 0.75^13 of the highest; without pre-training there is nothing to keep. [S A.1]
 LAYER_DECAY = {12: 0.75, 24: 0.86, 48: 0.93}
-METHODS = {
-    "scratch": "no pre-training",
-    "mae": "MAE",
-    "mirl": "MIRL",
-    "sparse": "MIRL without dense connections",
-}
 DEPTHS = tuple(LAYER_DECAY)
 TRUNCATED = 6  # blocks left out at depth 24: a quarter, as the paper's 3 of 12
+METHODS = {  # with their colours in the figure
+    "scratch": ("no pre-training", "0.6"),
+    "mae": ("MAE", "C1"),
+    "mirl": ("MIRL", "C0"),
+    "sparse": ("MIRL without dense connections", "C2"),
+}
+MEASURES = {  # with their digits in the table
+    "loss": ("loss", 3),
+    "top1": ("fine-tuned", 1),
+    "linear": ("linear probe", 1),
+    "knn": ("nearest neighbours", 1),
+}
 
 
 class Cell(NamedTuple):
@@ -77,24 +85,23 @@ def plan(seeds: list[int]) -> list[Cell]:
     return [cell._replace(seed=seed) for seed in seeds for cell in cells]
 
 
-def commands(cell: Cell, size: str, data: str, run: Path, device: str) -> dict[str, list[str]]:
-    """The command lines of a cell, by what they are for, in order."""
-    settings = SIZES[size]
-    common = ["--data", data, "--model", settings["models"][cell.depth], "--seed", str(cell.seed)]
-    common += ["--device", device]
-    encoder, out = "scratch", {}
+def commands(cell: Cell, args: argparse.Namespace) -> dict[str, list[str]]:
+    """A cell's scripts and their flags, by what they are for, in order."""
+    settings, run = SIZES[args.size], args.out / str(cell)
+    common = ["--data", args.data, "--device", args.device]
+    common += ["--model", settings["models"][cell.depth], "--seed", str(cell.seed)]
+    encoder, decay, out = "scratch", 1, {}
     if cell.method != "scratch":
-        encoder = str(run / "pretrain" / "encoder.pt")
-        pretrain = [*settings["pretrain"].split(), *common, "--out", str(run / "pretrain")]
-        pretrain += ["--method", "mae" if cell.method == "mae" else "mirl"]
-        pretrain += ["--no-dense"] if cell.method == "sparse" else []
-        pretrain += ["--truncate", str(TRUNCATED)] if cell.truncated else []
-        out["pretrain"] = ["train_pretrain.py", *pretrain, "--resume"]
+        encoder, decay = f"{run}/pretrain/encoder.pt", LAYER_DECAY[cell.depth]
+        flags = [*settings["pretrain"].split(), *common, "--out", f"{run}/pretrain", "--resume"]
+        flags += ["--method", "mae" if cell.method == "mae" else "mirl"]
+        flags += ["--no-dense"] if cell.method == "sparse" else []
+        flags += ["--truncate", str(TRUNCATED)] if cell.truncated else []
+        out["pretrain"] = ["train_pretrain.py", *flags]
     common += ["--from", encoder]
-    decay = 1 if cell.method == "scratch" else LAYER_DECAY[cell.depth]
-    finetune = [*settings["finetune"].split(), *common, "--layer-decay", str(decay)]
-    finetune += ["--truncated"] if cell.truncated else []
-    out["finetune"] = ["train_finetune.py", *finetune, "--out", str(run / "finetune"), "--resume"]
+    flags = [*settings["finetune"].split(), *common, "--out", f"{run}/finetune", "--resume"]
+    flags += ["--layer-decay", str(decay)] + ["--truncated"] * cell.truncated
+    out["finetune"] = ["train_finetune.py", *flags]
     if not cell.truncated:  # whose last blocks are random before fine-tuning
         for protocol in ("linear", "blocks"):
             flags = [*settings["probe"].split(), *common, "--protocol", protocol]
@@ -102,82 +109,74 @@ def commands(cell: Cell, size: str, data: str, run: Path, device: str) -> dict[s
     return out
 
 
-def run_cell(cell: Cell, args, threads: int) -> dict:
+def run_cell(cell: Cell, args: argparse.Namespace, threads: int) -> dict:
     """Run a cell's commands; what results.jsonl keeps of them."""
-    run = args.out / str(cell)
     result = dict(cell=str(cell), size=args.size, **cell._asdict(), threads=threads)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    for name, command in commands(cell, args.size, args.data, run, args.device).items():
-        print(f"[{cell}] python {shlex.join(command)}", flush=True)
+    for name, (script, *flags) in commands(cell, args).items():
+        command = [sys.executable, str(ROOT / script), *flags]
+        print(f"[{cell}] {shlex.join(command)}", flush=True)
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"[{cell}] {done.stderr.strip() or done.stdout.strip()}")
         result[f"{name}_seconds"] = round(time.perf_counter() - start, 1)
         if name in ("linear", "blocks"):
             result[name] = json.loads(done.stdout.splitlines()[-1])["top1"]
-            if name == "blocks":
-                result["knn"] = result["blocks"][-1]
         else:
-            last = json.loads((run / name / "metrics.jsonl").read_text().splitlines()[-1])
+            metrics = (args.out / str(cell) / name / "metrics.jsonl").read_text()
+            last = json.loads(metrics.splitlines()[-1])
             result |= {"loss": last["loss"]} if name == "pretrain" else {"top1": last["raw_top1"]}
-    return result
+    return result if cell.truncated else result | {"knn": result["blocks"][-1]}
 
 
-def summary(results: list[dict]) -> dict[tuple, dict[str, list[float]]]:
+def summary(results: list[dict]) -> dict[tuple, dict[str, list]]:
     """(method, depth, truncated) -> measure -> its values, one a seed."""
     table = {}
     for line in results:
         row = table.setdefault((line["method"], line["depth"], line["truncated"]), {})
-        for measure in ("loss", "top1", "linear", "knn", "blocks"):
+        for measure in (*MEASURES, "blocks"):
             if measure in line:
                 row.setdefault(measure, []).append(line[measure])
     return table
 
 
-def write_table(table: dict, path: Path) -> None:
-    lines = ["| depth | pre-training | loss | fine-tuned | linear probe | nearest neighbours |"]
-    lines += ["|---|---|---|---|---|---|"]
-    order = itertools.product(DEPTHS, METHODS, (False, True))
-    for depth, method, truncated in order:
+def markdown(table: dict) -> str:
+    titles = ["depth", "pre-training", *(title for title, _ in MEASURES.values())]
+    rows = [titles, ["---"] * len(titles)]
+    for depth, method, truncated in itertools.product(DEPTHS, METHODS, (False, True)):
         if row := table.get((method, depth, truncated)):
-            name = METHODS[method] + f", {depth - TRUNCATED} blocks" * truncated
-            values = []
-            for measure, digits in (("loss", 3), ("top1", 1), ("linear", 1), ("knn", 1)):
+            name = METHODS[method][0] + f", {depth - TRUNCATED} blocks" * truncated
+            rows.append([str(depth), name])
+            for measure, (_, digits) in MEASURES.items():
                 seen = row.get(measure, [])
                 mean = f"{statistics.fmean(seen):.{digits}f}" if seen else ""
                 spread = f" ± {statistics.stdev(seen):.{digits}f}" if len(seen) > 1 else ""
-                values.append(mean + spread)
-            lines.append(f"| {depth} | {name} | {' | '.join(values)} |")
-    path.write_text("\n".join(lines) + "\n")
+                rows[-1].append(mean + spread)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def draw(table: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
-    titles = dict(top1="fine-tuned", linear="linear probe", knn="nearest neighbours")
-    panels, by_block = figure.subplots(2, len(titles))
-    colours = dict(zip(METHODS, ("0.6", "C1", "C0", "C2"), strict=True))
-    for (measure, title), axes in zip(titles.items(), panels, strict=True):
-        for method, label in METHODS.items():
-            colour = colours[method]
-            whole = {d: table.get((method, d, False), {}).get(measure, []) for d in DEPTHS}
-            depths = [d for d in whole if whole[d]]
-            means = [statistics.fmean(whole[d]) for d in depths]
-            axes.plot(depths, means, color=colour, label=label)
-            for d in depths:
-                axes.plot([d] * len(whole[d]), whole[d], ".", color=colour)
+    panels, by_block = figure.subplots(2, 3)
+    for measure, axes in zip(("top1", "linear", "knn"), panels, strict=True):
+        for method, (label, colour) in METHODS.items():
+            whole = {d: table.get((method, d, False), {}).get(measure) for d in DEPTHS}
+            whole = {d: seen for d, seen in whole.items() if seen}
+            means = [statistics.fmean(seen) for seen in whole.values()]
+            axes.plot(list(whole), means, color=colour, label=label)
+            for d, seen in whole.items():
+                axes.plot([d] * len(seen), seen, ".", color=colour)
             cut = table.get((method, 24, True), {}).get(measure, [])
             axes.plot([24] * len(cut), cut, "x", color=colour)
         axes.set_xscale("log", base=2)
         axes.set_xticks(DEPTHS, map(str, DEPTHS))
         axes.minorticks_off()
-        axes.set(title=title, xlabel="blocks")
+        axes.set(title=MEASURES[measure][0], xlabel="blocks")
     for depth, axes in zip(DEPTHS, by_block, strict=True):
-        for method, colour in colours.items():
+        for method, (_, colour) in METHODS.items():
             for seen in table.get((method, depth, False), {}).get("blocks", []):
                 axes.plot(range(1, depth + 1), seen, color=colour, linewidth=1)
         axes.set(title=f"{depth} blocks, every seed", xlabel="after block", xlim=(1, depth))
@@ -198,39 +197,37 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default 0 1")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time; default 1")
     parser.add_argument("--device", default="auto", help="as for the scripts; default auto")
-    parser.add_argument("--draw", action="store_true", help="draw what there is; run nothing")
+    parser.add_argument(
+        "--draw", action="store_true", help="run nothing; table and figure of what there is"
+    )
     args = parser.parse_args()
     if not importlib.util.find_spec("matplotlib"):
         parser.error("the figure needs an extra: pip install -e '.[plot]'")
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
-    if Path(args.data).exists():
-        args.data = str(Path(args.data).resolve())  # the scripts run in the project's folder
-    args.out = (args.out or Path("runs", f"depth-{args.size}")).resolve()
+    args.out = args.out or Path("runs", f"depth-{args.size}")
     path = args.out / "results.jsonl"
     if args.draw and not path.exists():
         parser.error(f"--draw: there is no {path}")
     args.out.mkdir(parents=True, exist_ok=True)
-
-    def results() -> list[dict]:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
+    lines = path.read_text().splitlines() if path.exists() else []
+    results = [json.loads(line) for line in lines]
     if not args.draw:
-        done = {line["cell"] for line in results()}
+        done = {result["cell"] for result in results}
         todo = [cell for cell in plan(args.seeds) if str(cell) not in done]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
             futures = [pool.submit(run_cell, cell, args, threads) for cell in todo]
             try:
                 for future in as_completed(futures):
-                    result = json.dumps(future.result())
+                    results.append(future.result())
                     with path.open("a") as file:
-                        file.write(result + "\n")
-                    print(result, flush=True)
+                        print(json.dumps(results[-1]), file=file)
+                    print(json.dumps(results[-1]), flush=True)
             finally:
                 pool.shutdown(cancel_futures=True)
-    table = summary(results())
-    write_table(table, args.out / "results.md")
+    table = summary(results)
+    print(markdown(table))
     draw(table, args.out / "depth.png")
 
 
