@@ -48,12 +48,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets, models
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, v2
@@ -910,11 +910,12 @@ class Images(NamedTuple):
         """Image i, uint8 (3, h, w); None where it cannot be read."""
         if self.in_memory:
             return self.images[i]
-        with contextlib.suppress(RuntimeError):
-            image = decode_image(self.name(i), ImageReadMode.RGB)
+        # twice as fast as PIL; deprecated from torchvision 0.29 on, and where it is gone PIL serves
+        with contextlib.suppress(RuntimeError, AttributeError):
+            image = torchvision.io.decode_image(self.name(i), mode="RGB")
             if image.dtype == torch.uint8 and image.ndim == 3:
                 return image
-        try:  # PIL is slower and knows more kinds of files
+        try:  # PIL knows more kinds of files
             with Image.open(self.name(i)) as image:
                 return TF.pil_to_tensor(image.convert("RGB"))
         except Exception:  # PIL raises nearly anything on a broken file
@@ -1246,18 +1247,17 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine"
 
 
 # Flags that a resumed run may change; with any other, the steps done would not be those of the run.
-RESUME_MAY_CHANGE = ["resume", "out", "recipe", "data", "data_dir", "from_", "device", "dtype"]
-RESUME_MAY_CHANGE += ["device_batch_size", "compile", "workers", "log_every", "tensorboard"]
-RESUME_MAY_CHANGE += ["picture_every", "picture_pair", "log_grad_norms", "truncated"]
-CURE = "try a lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
+RESUME_MAY_CHANGE = {"resume", "out", "recipe", "data", "data_dir", "from_", "device", "dtype"}
+RESUME_MAY_CHANGE |= {"device_batch_size", "compile", "workers", "log_every", "tensorboard"}
+RESUME_MAY_CHANGE |= {"picture_every", "picture_pair", "log_grad_norms", "truncated"}
 
 
 class Run:
-    """What the training scripts share around their loop: the optimiser, logs, checkpoints, resume.
+    """What the training scripts share around their loop: optimiser, logs, checkpoints, resume.
 
         for epoch in run.epochs():
             for i, images in enumerate(run.timed(batches), start=1):
-                last = i % accumulation == 0               # of the step's micro-batches
+                last = i % accumulation == 0               # micro-batch of the step
                 run.model.require_backward_grad_sync = last
                 with mirl.autocast(device, run.dtype):
                     loss = run.model(images).loss
@@ -1269,11 +1269,11 @@ class Run:
 
     model: on its device, not yet wrapped; `run.model` is it after --compile and DDP. args: the
     script's flags. groups, betas: AdamW's. data: the training images, cut by `split`. average: a
-    moving average of the model that belongs into the checkpoint. `history` holds the epochs'
-    records. Raises UserError where --resume finds a run of another model, other flags or other
-    data; nothing is written before that is known.
+    moving average of the model, to be saved with it. `history` holds the epochs' records. Raises
+    UserError where --resume finds a run of another model, other flags or other data; nothing is
+    written before that is known.
 
-    The device is waited for once every `--log-every` steps, when the losses since are read.
+    The loop waits for the device once every `--log-every` steps, to read the losses since.
     """
 
     def __init__(
@@ -1287,64 +1287,60 @@ class Run:
         device: torch.device,
         average: nn.Module | None = None,
     ):
-        self.bare, self.args, self.split, self.device = model, args, split, device
-        self.average = average
-        self.data = dict(classes=data.classes, images=split.images, digest=data.digest())
+        self.args, self.split, self.device = args, split, device
         self.out = Path(args.out)
         self.checkpoint, self.metrics = self.out / "checkpoint.pt", self.out / "metrics.jsonl"
         self.dtype = pick_dtype(args.dtype, device)
+        self.classes = data.classes
         self.total_steps = args.epochs * split.steps
         warmup = round(args.warmup_epochs * split.steps)
+
+        def factor(step: int) -> float:
+            return lr_factor(step, self.total_steps, warmup, args.schedule)
+
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, self.total_steps, warmup, args.schedule)
-        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.epoch = self.written = 0  # epochs done, bytes of metrics that belong to them
+        # what a checkpoint holds the state of, and what must be the same on a resume
+        self.parts = dict(model=model, optimizer=self.optimizer, scheduler=self.scheduler)
+        self.parts |= dict(scaler=self.scaler) | (dict(average=average) if average else {})
+        self.same = dict(
+            config=dataclasses.asdict(model.config),
+            args={k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE},
+            data=dict(images=split.images, classes=data.classes, digest=data.digest()[:16]),
+        )
+        self.epoch = self.written = 0  # epochs done, and bytes of metrics.jsonl that tell of them
         self.history: list[dict[str, Any]] = []
         if args.resume and self.checkpoint.exists():
             self.resume()
         require(len(set(gather(self.epoch))) == 1, f"--out {self.out} must be shared by all nodes")
         self.step = self.epoch * split.steps
-
-        self.board = None
         if RANK == 0:
-            self.open_run()
+            self.open(model)
+
         if args.compile:
             model.compile()
         self.model = model if WORLD_SIZE == 1 else data_parallel(model, device)
         self.window: list[Tensor] = []  # the losses of each micro-batch since the last log
-        self.start_clock()
 
     def resume(self) -> None:
         """Take up the checkpoint."""
         saved = load_file(self.checkpoint)
         try:
-            changed = differences(saved["config"], dataclasses.asdict(self.bare.config))
-            require(not changed, f"--resume: {self.checkpoint} is of another model: {changed}")
-            args = dataclasses.asdict(self.args)
-            kept = {k: v for k, v in args.items() if k not in RESUME_MAY_CHANGE}
-            changed = differences(saved["args"], kept)
-            require(
-                not changed,
-                f"--resume continues a run as it began, and {self.checkpoint} says otherwise: "
-                f"{changed}; give the flags that it began with, or another --out",
-            )
-            require(
-                saved["data"] == self.data,
-                f"--resume: {self.checkpoint} was trained on {saved['data']['images']} other "
-                f"images than the {self.data['images']} of --data {self.args.data}",
-            )
-            self.bare.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scheduler.load_state_dict(saved["scheduler"])
-            if saved["scaler"]:  # of a run in fp16
-                self.scaler.load_state_dict(saved["scaler"])
-            if self.average is not None:
-                self.average.load_state_dict(saved["average"])
+            for what, new in self.same.items():
+                old = {k: v for k, v in saved[what].items() if k in new}
+                changed = [f"{k} {v} -> {new[k]}" for k, v in old.items() if v != new[k]]
+                require(
+                    not changed,
+                    f"--resume continues a run as it began, and {self.checkpoint} has another "
+                    f"{what}: {', '.join(changed)}; give what it began with, or another --out",
+                )
+            for name, part in self.parts.items():
+                if saved[name]:  # the loss scaler has nothing to save but in fp16
+                    part.load_state_dict(saved[name])
             self.epoch, self.written = saved["epoch"], saved["written"]
             self.history = saved["history"]
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             if out_of_memory(error):
                 raise
             raise UserError(
@@ -1353,49 +1349,54 @@ class Run:
             ) from None
         say(f"resuming {self.checkpoint} after epoch {self.epoch} of {self.args.epochs}")
 
-    def open_run(self) -> None:
-        """config.json, and metrics.jsonl up to the checkpoint; what came after comes again."""
-        split = self.split
-        settings = dataclasses.asdict(self.args) | dict(
+    def open(self, model: nn.Module) -> None:
+        """The run's folder: config.json, and metrics.jsonl as it was at the checkpoint."""
+        split, args = self.split, self.args
+        settings = vars(args) | dict(
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             processes=WORLD_SIZE,
             device_batch_size=split.device_batch_size,
             accumulation=split.accumulation,
-            model_config=dataclasses.asdict(self.bare.config),
+            model_config=self.same["config"],
         )
+        text = json.dumps(settings, indent=2) + "\n"
         self.out.mkdir(parents=True, exist_ok=True)
+        save(self.out / "config.json", lambda path: path.write_text(text))
         with open(self.metrics, "ab") as file:
             file.truncate(min(self.written, file.tell()))
-        save(
-            self.out / "config.json", lambda p: p.write_text(json.dumps(settings, indent=2) + "\n")
-        )
-        if self.args.tensorboard:
+        self.board = None
+        if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
-        trained = sum(p.numel() for p in self.bare.parameters() if p.requires_grad)
-        say(json.dumps(settings))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(
-            f"{self.args.model}, {trained / 1e6:.2f}M parameters, on {self.device}; "
-            f"{split.images} images, {split.steps} steps an epoch, lr {self.args.lr:.3g}; "
+            f"{args.model}, {trained / 1e6:.2f}M parameters, on {self.device}; "
+            f"{split.images} images, {split.steps} steps an epoch, lr {args.lr:.3g}; "
             f"effective batch {split.batch_size} = {WORLD_SIZE} process(es) x "
             f"{split.device_batch_size} images x {split.accumulation} accumulated"
         )
 
-    # -- the loop --
-
     def epochs(self) -> Iterator[int]:
         """The epochs still to do; each seeded from (seed, epoch, rank), so a resume is exact."""
-        self.bar = progress_bar(self.total_steps, self.step)
+        # a bar on a terminal, lines anywhere else
+        disable = None if RANK == 0 else True
+        self.bar = tqdm(
+            total=self.total_steps, initial=self.step, disable=disable, dynamic_ncols=True
+        )
         for epoch in range(self.epoch, self.args.epochs):
             torch.manual_seed(seed_of("epoch", self.args.seed, epoch, RANK))
             self.model.train()
-            self.epoch_losses: list[Tensor] = []  # of its steps, up to the last log
+            self.epoch = epoch + 1
+            self.epoch_losses: list[Tensor] = []  # of its steps up to the last log
             self.start_clock()
             self.epoch_began = self.clock
             yield epoch
         self.bar.close()
+
+    def start_clock(self) -> None:
+        self.clock, self.waited = time.perf_counter(), 0.0
 
     def timed(self, batches: Iterator) -> Iterator:
         """The batches; the time that the loop waits for them is logged as `input_wait`."""
@@ -1417,8 +1418,8 @@ class Run:
 
         diagnose: gives vectors to log, from the gradients; called before a step that is logged.
         """
-        step = self.step + 1
-        logging = step % self.args.log_every == 0 or step % self.split.steps == 0
+        self.step += 1
+        logging = self.step % self.args.log_every == 0 or self.step % self.split.steps == 0
         self.scaler.unscale_(self.optimizer)
         vectors = diagnose() if logging else {}
         if self.args.clip_grad or logging:
@@ -1431,96 +1432,69 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.scheduler.step()
-        self.step = step
         self.bar.update()
         if logging:
             self.log(lr, norm, vectors)
 
-    def start_clock(self) -> None:
-        self.clock, self.waited = time.perf_counter(), 0.0
-
     def log(self, lr: float, norm: Tensor, vectors: dict[str, Tensor]) -> None:
-        """Write what the steps since the last log did. Raises TrainingError for NaN or infinity."""
+        """Write what the steps since the last log did. Raises TrainingError for NaN or infinity, in
+        the losses, and at the end of an epoch in the weights."""
         losses = torch.stack(self.window)  # (micro-batches, terms)
         losses = losses.unflatten(0, (-1, self.split.accumulation)).mean(dim=1)  # (steps, terms)
         if WORLD_SIZE > 1:
             dist.all_reduce(losses)
             losses /= WORLD_SIZE
         losses = losses.cpu().double()  # the one wait for the device
-        steps, epoch = (
-            len(losses),
-            self.step // self.split.steps + (self.step % self.split.steps > 0),
-        )
         bad = (~losses.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            self.stop(f"the loss at step {self.step - steps + 1 + bad[0]} (epoch {epoch})", "")
+        what = f"the loss at step {self.step - len(losses) + 1 + bad[0]}" if bad else None
+        if not bad and self.step % self.split.steps == 0:
+            finite = [p.isfinite().all() for p in self.parts["model"].parameters()]
+            what = None if torch.stack(finite).all() else f"a weight after step {self.step}"
+        if what:
+            raise TrainingError(
+                f"{what} (epoch {self.epoch}) is not finite; {last_checkpoint(self.out)}; try a "
+                "lower --lr, --clip-grad 1, or --dtype bf16 or fp32"
+            )
         seconds = time.perf_counter() - self.clock
+        speed = len(losses) * self.split.batch_size / seconds
         self.epoch_losses.append(losses)
         self.record = dict(
-            epoch=epoch,
+            epoch=self.epoch,
             step=self.step,
             **dict(zip(self.names, losses.mean(dim=0).tolist(), strict=True)),
             lr=lr,
             grad_norm=norm.item(),
-            images_per_second=round(steps * self.split.batch_size / seconds, 1),
+            images_per_second=round(speed, 1),
             input_wait=round(self.waited / seconds, 4),
             peak_memory_gib=peak_memory(self.device),
         )
         self.write("step", self.record | {k: v.tolist() for k, v in vectors.items()})
-        text = f"loss {self.record['loss']:.4f}  lr {lr:.2e}"
-        text += f"  {self.record['images_per_second']:.0f} img/s"
+        text = f"loss {self.record['loss']:.4f}  lr {lr:.2e}  {speed:.0f} img/s"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
-            left = tqdm.format_interval((self.total_steps - self.step) * seconds / steps)
-            place = f"epoch {epoch}/{self.args.epochs}  step {self.step}/{self.total_steps}"
-            say(f"{place}  {text}  {left} left")
+            left = (self.total_steps - self.step) * seconds / len(losses)
+            place = f"epoch {self.epoch}/{self.args.epochs}  step {self.step}/{self.total_steps}"
+            say(f"{place}  {text}  {tqdm.format_interval(left)} left")
         self.window = []
         self.start_clock()
 
-    def stop(self, what: str, consequence: str) -> typing.NoReturn:
-        raise TrainingError(
-            f"{what} is not finite{consequence}; {last_checkpoint(self.out)}; try a lower --lr, "
-            "--clip-grad 1, or --dtype bf16 or fp32"
-        )
-
-    def check_weights(self) -> None:
-        """Raises TrainingError where the weights are not finite, so that they are not saved."""
-        models = [m for m in (self.bare, self.average) if m is not None]
-        if not all(bool(p.isfinite().all()) for m in models for p in m.parameters()):
-            self.stop(f"a weight after step {self.step}", ", so they were not saved")
-
     def end_epoch(self, **record) -> None:
-        """Log the epoch with `record`'s values, and save the checkpoint."""
-        self.check_weights()
+        """Log the epoch, with `record`'s values too, and save the checkpoint."""
         means = torch.cat(self.epoch_losses).mean(dim=0).tolist()
         training = self.clock - self.epoch_began  # up to the last step, which was logged
         images = self.split.steps * self.split.batch_size
-        record = (
-            self.record
-            | dict(zip(self.names, means, strict=True))
-            | dict(
-                images_per_second=round(images / training, 1),
-                seconds=round(time.perf_counter() - self.epoch_began, 2),
-                **record,
-            )
+        self.record |= dict(zip(self.names, means, strict=True))
+        self.record |= dict(
+            images_per_second=round(images / training, 1),
+            seconds=round(time.perf_counter() - self.epoch_began, 2),
+            **record,
         )
-        self.history.append(dict(kind="epoch") | record)
-        self.write("epoch", record)
-        state = dict(
-            model=self.bare.state_dict(),
-            config=dataclasses.asdict(self.bare.config),
-            args=dataclasses.asdict(self.args),
-            epoch=record["epoch"],
-            step=self.step,
-            optimizer=self.optimizer.state_dict(),
-            scheduler=self.scheduler.state_dict(),
-            scaler=self.scaler.state_dict(),
-            average=None if self.average is None else self.average.state_dict(),
-            data=self.data,
-            history=self.history,
-            written=self.metrics.stat().st_size if RANK == 0 else 0,
-        )
+        self.history.append(self.record)
+        self.write("epoch", self.record)
         if RANK == 0:
+            state = {name: part.state_dict() for name, part in self.parts.items()} | self.same
+            state |= dict(epoch=self.epoch, step=self.step, history=self.history)
+            state |= dict(classes=self.classes, written=self.metrics.stat().st_size)
             save(self.checkpoint, functools.partial(torch.save, state))
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
@@ -1528,20 +1502,13 @@ class Run:
         if RANK != 0:
             return
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-        infinite = {k: None for k, v in numbers.items() if not math.isfinite(v)}
+        infinite = {k: None for k, v in numbers.items() if not math.isfinite(v)}  # no JSON for them
         with open(self.metrics, "a") as file:
             file.write(json.dumps(dict(kind=kind) | record | infinite) + "\n")
         if self.board:
             for name, value in numbers.items():
                 self.board.add_scalar(f"{kind}/{name}", value, record["step"])
             self.board.flush()
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The values that changed, "name old -> new, …", over the names in both."""
-    pairs = {k: (old[k], v) for k, v in new.items() if k in old}
-    changed = {k: p for k, p in pairs.items() if json.dumps(p[0]) != json.dumps(p[1])}
-    return ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1604,33 +1571,25 @@ def rank_zero_first():
 
 def pick_device(flag: str) -> torch.device:
     """auto: CUDA, then MPS, then CPU. Raises UserError for a device that is not there."""
+    name = flag
     if flag == "auto":
-        flag = "cpu"
-        if torch.accelerator.is_available():
-            here = torch.accelerator.current_accelerator().type
-            flag = here if here == "cuda" or (here == "mps" and WORLD_SIZE == 1) else flag
-    kind, _, number = flag.partition(":")
+        here = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
+        name = here if here == "cuda" or (here == "mps" and WORLD_SIZE == 1) else "cpu"
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
+    kind = name.split(":")[0]
+    require(kind in ("cuda", "mps", "cpu"), f"--device {flag}: use auto, cuda, cuda:N, mps or cpu")
     require(
-        kind in ("cuda", "mps", "cpu") and (number.isdecimal() or flag == kind),
-        f"--device {flag}: use auto, cuda, cuda:N, mps or cpu",
-    )
-    require(
-        WORLD_SIZE == 1 or flag in ("cuda", "cpu"),
+        WORLD_SIZE == 1 or flag in ("auto", "cuda", "cpu"),
         f"--device {flag} is for one process: under torchrun use cuda or cpu",
     )
-    require(
-        kind != "mps" or torch.backends.mps.is_available(),
-        "--device mps: there is no MPS device here; try --device auto",
-    )
-    if kind != "cuda":
-        return torch.device(kind)
-    index, count = int(number or LOCAL_RANK), torch.cuda.device_count()
-    require(
-        index < count,
-        f"--device {flag}: process {LOCAL_RANK} of this node needs CUDA device {index} and there "
-        f"are {count}; use fewer processes or another device",
-    )
-    return torch.device("cuda", index)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {flag}: process {LOCAL_RANK} of this node cannot have it ({reason}); use "
+            "fewer processes or another device"
+        ) from None
 
 
 def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
@@ -1692,16 +1651,9 @@ def pick_workers(flag: int | None) -> int:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """The most GiB that were in use so far: on a GPU its own, else this process's; None on
-    Windows."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-    if not importlib.util.find_spec("resource"):
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+    """The most GiB of a GPU's memory that were in use so far; None elsewhere."""
+    cuda = device.type == "cuda"
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if cuda else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1987,12 +1939,6 @@ def say(text: str) -> None:
     if RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()
-
-
-def progress_bar(total: int, done: int):
-    """tqdm on a terminal; disabled, with plain lines instead, anywhere else."""
-    disable = None if RANK == 0 else True
-    return tqdm(total=total, initial=done, disable=disable, unit="step", dynamic_ncols=True)
 
 
 class Interrupted(BaseException):

@@ -280,7 +280,7 @@ def loss_function(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 def keep_best(run: mirl.Run, name: str, model: mirl.ViT, top1: float, epoch: int) -> None:
     """<name>-last.pt, and <name>-best.pt where this epoch is the best one so far."""
     if mirl.RANK == 0:
-        more = dict(classes=run.data["classes"], epoch=epoch + 1, top1=top1)
+        more = dict(classes=run.classes, epoch=epoch + 1, top1=top1)
         mirl.save_model(run.out / f"{name}-last.pt", model, **more)
         if all(top1 > record[f"{name}_top1"] for record in run.history):
             mirl.save_model(run.out / f"{name}-best.pt", model, **more)
@@ -458,7 +458,7 @@ def finetuned_model(path: str) -> tuple[mirl.ViT, list[str]]:
     """A model that this script saved, and its classes' names."""
     saved = mirl.load_file(path)
     try:
-        classes = saved.get("classes") or saved["data"]["classes"]
+        classes = saved["classes"]
         model = mirl.ViT(mirl.Config(**saved["config"]))
         model.load_state_dict(saved["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError):

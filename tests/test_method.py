@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import mirl
 from mirl import MODELS, UserError, build_mirl, build_vit, mae_overrides
@@ -32,32 +31,9 @@ def trained_parameters(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+MAE = dict(segments=1, dense=False, weight_norm=False)
+
 # -- sizes --
-
-
-@pytest.mark.parametrize(
-    ("name", "millions", "giga"),
-    [
-        ("vit_s", 21.98, 4.24),
-        ("vit_s_54", 96.50, 18.88),
-        ("vit_b", 86.42, 16.85),
-        ("vit_b_24", 171.47, 33.58),
-        ("vit_b_48", 341.58, 67.04),
-    ],
-)
-def test_table_4(name, millions, giga):
-    """Parameters and multiply-adds of the paper's models; the latter counted while running."""
-    with torch.device("meta"):
-        model = build_vit(name)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, 3, 224, 224))
-    linear = sum(
-        flops
-        for op, flops in counter.get_flop_counts()["Global"].items()
-        if op in (torch.ops.aten.mm, torch.ops.aten.addmm)  # not the attention products
-    )
-    assert round(trained_parameters(model) / 1e6, 2) == millions
-    assert round(linear / 2 / 1e9, 2) == giga
 
 
 @pytest.mark.parametrize(
@@ -128,13 +104,13 @@ def test_sincos_table_in_loops():
 
 def test_masking_keeps_the_patches_with_the_smallest_noise():
     u = noise(50)
-    visible, mask = mirl.random_masking(u, 0.75)
-    assert visible.shape == (50, 3) and mask.dtype == torch.bool
+    visible, masked = mirl.random_masking(u, 0.75)
+    assert visible.shape == (50, 3) and masked.shape == (50, 12)
+    assert visible.dtype == masked.dtype == torch.int64
     for row in range(50):
-        assert len(set(visible[row].tolist())) == 3
         smallest = sorted(range(15), key=lambda i: u[row, i].item())[:3]
         assert visible[row].tolist() == smallest
-        assert sorted(smallest) == (~mask[row]).nonzero()[:, 0].tolist()
+        assert set(masked[row].tolist()) == set(range(15)) - set(smallest)
 
 
 def test_masking_is_uniform():
@@ -147,10 +123,14 @@ def test_masking_is_uniform():
 
 def test_put_is_the_inverse_of_take():
     x = torch.randn(3, 15, 6)
-    visible, mask = mirl.random_masking(noise(), 0.5)
-    background = torch.full_like(x, 7)
-    restored = mirl.put(mirl.take(x, visible), visible, background)
-    assert torch.equal(restored, torch.where(mask[..., None], background, x))
+    places, others = mirl.random_masking(noise(), 0.5)
+    taken = mirl.take(x, places)
+    restored = mirl.put(taken, places, torch.full_like(x, 7))
+    for b in range(3):
+        for k, place in enumerate(places[b].tolist()):
+            assert torch.equal(taken[b, k], x[b, place])
+            assert torch.equal(restored[b, place], x[b, place])
+        assert (restored[b, others[b]] == 7).all()
 
 
 def test_the_class_token_is_never_masked():
@@ -167,71 +147,116 @@ def test_patch_embedding_equals_the_convolution():
     torch.testing.assert_close(encoder.patch_embed(encoder.patchify(images())), conv)
 
 
-# -- attention --
+# -- attention and blocks --
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 def test_attention_in_loops(dtype, error):
-    """The fused one and the one written out; scores so large that bad softmaxes would show."""
+    """Three heads of width 4; scores so large that bad softmaxes would show."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (3 * torch.randn(2, 3, n, 4, generator=generator).to(dtype) for n in (5, 7, 7))
-    out = mirl.attention(q, k, v)
-    assert (out.shape, out.dtype) == ((2, 3, 5, 4), dtype)
+    q, k, v = (3 * torch.randn(2, n, 12, generator=generator).to(dtype) for n in (5, 7, 7))
+    out = mirl.attention(q, k, v, heads=3)
+    assert (out.shape, out.dtype) == ((2, 5, 12), dtype)
     for image in range(2):
-        for head in range(3):
+        for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
+            keys, values = k[image, :, head].tolist(), v[image, :, head].double()
             for query in range(5):
-                q1, k1, v1 = q[image, head, query].tolist(), k[image, head].tolist(), v[image, head]
-                scores = [sum(a * b for a, b in zip(q1, key, strict=True)) / 2 for key in k1]
+                q1 = q[image, query, head].tolist()
+                scores = [sum(a * b for a, b in zip(q1, key, strict=True)) / 2 for key in keys]
                 weights = [math.exp(score - max(scores)) for score in scores]
-                mean = sum(w * value for w, value in zip(weights, v1.double(), strict=True))
-                difference = out[image, head, query].double() - mean / sum(weights)
-                assert difference.abs().max() < error * v1.abs().max()
+                mean = sum(w * value for w, value in zip(weights, values, strict=True))
+                difference = out[image, query, head].double() - mean / sum(weights)
+                assert difference.abs().max() < error * values.abs().max()
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_wanted_rows_of_a_block_are_those_of_the_whole(cross):
+    torch.manual_seed(0)
+    block = mirl.Block(32, 2, cross=cross).double()
+    for p in block.parameters():  # norms and biases too must take part
+        nn.init.normal_(p, std=0.3)
+    x, y = torch.randn(2, 3, 15, 32).double()
+    rows = noise().argsort(1)[:, :4]
+    for got, whole in (
+        (block.attn(x, rows), block.attn(x)),
+        (block(x, y if cross else None, rows), block(x, y if cross else None)),
+    ):
+        wanted = torch.stack([whole[b, rows[b]] for b in range(3)])
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
 # -- the loss --
 
 
-@pytest.mark.parametrize("with_residual", [True, False])
-def test_reconstruction_loss_in_loops(with_residual):
-    torch.manual_seed(0)
-    raw = torch.randn(2, 5, 12, dtype=torch.float64)
-    main, residual = torch.randn(2, 2, 5, 12, dtype=torch.float64)
-    mask = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 0, 1, 0]], dtype=torch.bool)
-    total, masked = 0.0, 0
-    for b in range(2):
-        for i in range(5):
-            if not mask[b, i]:
-                continue
-            patch = raw[b, i].tolist()
-            mean = sum(patch) / 12
-            var = sum((p - mean) ** 2 for p in patch) / 11
-            error = 0.0
-            for k in range(12):
-                x = (patch[k] - mean) / math.sqrt(var + 1e-6)
-                xi = residual[b, i, k].item() if with_residual else 0
-                error += (x - main[b, i, k].item() - xi) ** 2
-            total += error / 12
-            masked += 1
-    target = mirl.normalise_patches(raw)[0]
-    got = mirl.reconstruction_loss(target, mask, main, residual if with_residual else None)
-    assert abs(got.item() - total / masked) < 1e-12
+def record(model):
+    """What each decoder is given and what it returns, filled by a forward pass: one list each."""
+    inputs, outputs = [], []
+    for decoder in model.decoders:
+        decoder.register_forward_hook(lambda _, i, o: (inputs.append(i), outputs.append(o)))
+    return inputs, outputs
 
 
-def test_pairs_run_from_the_outside_in():
-    """The loss of pair g compares the sum of segments g and G+1−g; the total is the mean."""
-    model, x = tiny(), images()
-    visible, mask = mirl.random_masking(noise(), 0.75)
-    patches = mirl.patchify(x, 4)
-    predictions, _ = model.decode_segments(mirl.take(patches, visible), visible)
+@pytest.mark.parametrize(("options", "pairs"), [({}, [(0, 3), (1, 2)]), (MAE, [(0, None)])])
+def test_the_loss_in_loops(options, pairs):
+    """Pair g compares the sum of what segments g and G+1−g predict with the masked patches."""
+    model, x = tiny(**options).double(), images().double()
+    _, predictions = record(model)
     out = model(x, noise())
-    target = mirl.normalise_patches(patches)[0]
-    for g, (shallow, deep) in enumerate([(0, 3), (1, 2)]):
-        torch.testing.assert_close(out.main[g], predictions[shallow])
-        torch.testing.assert_close(out.residual[g], predictions[deep])
-        error = (target - predictions[shallow] - predictions[deep]).square().mean(-1)[mask].mean()
-        torch.testing.assert_close(out.losses[g], error.detach())
-    torch.testing.assert_close(out.loss.detach(), out.losses.mean())
-    assert torch.equal(out.mask, mask)
+    losses = []
+    for shallow, deep in pairs:
+        total = 0.0
+        for b in range(3):
+            for k, place in enumerate(out.masked[b].tolist()):
+                i, j = place // 5 * 4, place % 5 * 4
+                patch = x[b, :, i : i + 4, j : j + 4].permute(1, 2, 0).flatten().tolist()
+                mean = sum(patch) / 32
+                std = math.sqrt(sum((p - mean) ** 2 for p in patch) / 31 + 1e-6)
+                predicted = predictions[shallow][b, k].tolist()
+                if deep is not None:
+                    residual = predictions[deep][b, k].tolist()
+                    predicted = [x + xi for x, xi in zip(predicted, residual, strict=True)]
+                errors = zip(patch, predicted, strict=True)
+                total += sum(((p - mean) / std - q) ** 2 for p, q in errors) / 32
+        losses.append(total / (3 * 12))
+    assert out.losses.tolist() == pytest.approx(losses, abs=1e-12)
+    assert out.loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-12)
+    assert all(a is predictions[g] for a, (g, _) in zip(out.main, pairs, strict=True))
+    deep = [predictions[g] for _, g in pairs if g is not None]
+    assert all(a is b for a, b in zip(out.residual, deep, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, dict(decoder_depth=2), MAE | dict(decoder_depth=2)])
+def test_decoding_the_masked_patches_alone_equals_decoding_all(options):
+    """Every block over all the tokens, and a loss with a mask: the same loss and gradients."""
+    torch.manual_seed(0)
+    model, x = tiny(**options).double(), images().double()
+    inputs, predictions = record(model)
+    out = model(x, noise())
+    rows, (_, _, visible, masked) = torch.arange(3)[:, None], inputs[0]
+    full = []
+    for decoder, (e, y, *_) in zip(model.decoders, inputs, strict=True):
+        tokens = decoder.mask_token.repeat(3, 1 + 15, 1)
+        tokens[:, 0], tokens[rows, 1 + visible] = e[:, 0], e[:, 1:]
+        tokens = tokens + decoder.pos_embed
+        for block in decoder.blocks:
+            tokens = block(tokens, y)
+        full.append(decoder.head(decoder.norm(tokens))[:, 1:])
+    for whole, prediction in zip(full, predictions, strict=True):
+        torch.testing.assert_close(whole[rows, masked], prediction, rtol=0, atol=1e-12)
+
+    mask = torch.ones(3, 15, dtype=torch.bool)
+    mask[rows, visible] = False
+    target = mirl.normalise_patches(mirl.patchify(x, 4))[0]
+    sums = [full[0] + full[3], full[1] + full[2]] if len(full) == 4 else full
+    errors = [
+        ((target - prediction).square().mean(2) * mask).sum() / mask.sum() for prediction in sums
+    ]
+    loss = sum(errors) / len(errors)
+    torch.testing.assert_close(out.loss, loss, rtol=0, atol=1e-12)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(out.loss, parameters, retain_graph=True)
+    for a, b in zip(got, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 # -- the decoders --
@@ -282,7 +307,7 @@ def test_without_dense_connections_there_is_no_cross_attention():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(dense=False), dict(segments=1, dense=False), dict(segments=2, decoder_depth=2)],
+    [{}, dict(dense=False), MAE, dict(segments=2, decoder_depth=2)],
 )
 def test_every_trained_parameter_gets_a_gradient(options):
     model = tiny(**options)
@@ -312,7 +337,8 @@ def test_masked_pixels_do_not_leak():
     x = images()
     with torch.no_grad():
         before = model(x, noise())
-        hidden = mirl.unpatchify(before.mask[..., None].expand(-1, -1, 32), 4, (3, 5))
+        hidden = torch.ones(3, 15, 32).index_put((torch.arange(3)[:, None], before.visible), ZERO)
+        hidden = mirl.unpatchify(hidden, 4, (3, 5)) > 0
         after = model(torch.where(hidden, torch.randn_like(x), x), noise())
         shown = model(torch.where(hidden, x, torch.randn_like(x)), noise())
     for a, b, c in zip(*map(pairs_in_order, (before, after, shown)), strict=True):
@@ -412,7 +438,7 @@ def copy_block(ours: mirl.Block, theirs: nn.TransformerEncoderLayer):
 
 def test_one_segment_is_mae():
     """Loss and gradients of G = 1 equal those of an MAE written independently."""
-    ours = tiny(segments=1, dense=False, weight_norm=False, decoder_depth=2)
+    ours = tiny(**MAE, decoder_depth=2)
     for p in ours.parameters():  # biases and norms too must take part
         nn.init.normal_(p, std=0.2) if p.ndim < 2 else None
     theirs = PlainMAE(32, 2, 4, 16, 2, 2, 4, (3, 5))
@@ -451,30 +477,23 @@ def test_mae_of_a_paper_model_has_the_decoder_of_mae():
 # -- the classifier --
 
 
-def test_vit_written_a_second_time():
-    """Mean pooling, class token and intermediate maps against torch's own encoder layers."""
-    for pool in ("mean", "cls"):
-        vit = build_vit(
-            "vit_nano", **TINY, image_size=(12, 20), channels=2, num_classes=7, pool=pool
-        )
-        nn.init.normal_(vit.head.weight)
-        plain = PlainMAE(32, 2, 4, 16, 2, 1, 4, (3, 5))
-        for mine, other in zip(vit.blocks, plain.encoder.layers, strict=True):
-            copy_block(mine, other)
-        x = vit.patch_embed.proj(images()).flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
-        x = torch.cat([vit.cls_token.expand(3, -1, -1), x], 1)
-        maps = []
-        for layer in plain.encoder.layers:
-            x = layer(x)
-            maps.append(x[:, 1:].transpose(1, 2).reshape(3, 32, 3, 5))
-        pooled = x[:, 1:].mean(1) if pool == "mean" else x[:, 0]
-        logits = vit.head(F.layer_norm(pooled, (32,), eps=1e-6))
-        torch.testing.assert_close(vit(images()), logits)
-        for got, expected in zip(
-            vit.intermediate_features(images(), [0, 3]), (maps[0], maps[3]), strict=True
-        ):
-            torch.testing.assert_close(got, expected)
-    assert vit(images()).shape == (3, 7)
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_vit_written_a_second_time(pool):
+    """Logits, and the tokens after every block, against torch's own encoder layers."""
+    vit = build_vit("vit_nano", **TINY, image_size=(12, 20), channels=2, num_classes=7, pool=pool)
+    nn.init.normal_(vit.head.weight)
+    plain = PlainMAE(32, 2, 4, 16, 2, 1, 4, (3, 5))
+    x = vit.patch_embed.proj(images()).flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
+    x = torch.cat([vit.cls_token.expand(3, -1, -1), x], 1)
+    ours = zip(vit.blocks, vit.each_block(images()), strict=True)
+    for (block, tokens), layer in zip(ours, plain.encoder.layers, strict=True):
+        copy_block(block, layer)
+        x = layer(x)
+        torch.testing.assert_close(tokens, x)
+    pooled = x[:, 1:].mean(1) if pool == "mean" else x[:, 0]
+    logits = vit(images())
+    assert logits.shape == (3, 7)
+    torch.testing.assert_close(logits, vit.head(F.layer_norm(pooled, (32,), eps=1e-6)))
 
 
 def test_drop_path_grows_linearly_and_rests_in_evaluation():
@@ -504,25 +523,35 @@ def test_initial_weights():
 # -- pictures --
 
 
-def test_panels_undo_the_normalisation():
-    """A perfect prediction gives the image back; main + residual is the reconstruction."""
+def test_panels():
+    """A perfect prediction gives the image back. What the residual adds to every masked patch alike
+    is shown in the main component instead, and their sum stays."""
     torch.manual_seed(0)
-    x = torch.rand(2, 3, 8, 12) * 0.2 - 0.1
-    target = mirl.normalise_patches(mirl.patchify(x, 4))[0]
-    mask = torch.rand(2, 6) < 0.5
-    zero = torch.zeros(())
-    residual = 0.3 * torch.randn_like(target)
-    out = mirl.MIRLOutput(zero, zero, (target - residual,), (residual,), mask, zero, zero)
+    x = torch.rand(2, 3, 12, 20) * 0.2 - 0.1
+    result = tiny(channels=3, segments=2)(x, noise(2))
+    residual = 0.3 * torch.randn_like(result.target) + torch.linspace(-1, 1, 48)
+    out = result._replace(main=(result.target - residual,), residual=(residual,))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mirl.IMAGENET_MEAN, mirl.IMAGENET_STD))
     truth, masked, reconstruction, shown, main = mirl.panels(x, out, 4).unbind(1)
     torch.testing.assert_close(truth, x * std + mean)
     torch.testing.assert_close(reconstruction, truth)
     torch.testing.assert_close(main + (shown - 0.5), truth)
-    hidden = mirl.unpatchify(mask[..., None].expand_as(target), 4, (2, 3))
-    assert torch.equal(masked[hidden], torch.full_like(masked[hidden], 0.5))
-    assert torch.equal(masked[~hidden], truth[~hidden])
-    assert torch.equal(shown[~hidden], torch.full_like(shown[~hidden], 0.5))
-    without = mirl.MIRLOutput(zero, zero, (target,), (), mask, zero, zero)
+
+    hidden = torch.zeros(2, 1, 12, 20, dtype=torch.bool)
+    shift = sum(residual[b, k] for b in range(2) for k in range(12)) / 24
+    assert shift.abs().max() > 0.5
+    for b in range(2):
+        for k, place in enumerate(out.masked[b].tolist()):
+            i, j = place // 5 * 4, place % 5 * 4
+            hidden[b, :, i : i + 4, j : j + 4] = True
+            patch = ((shown - 0.5) / std)[b, :, i : i + 4, j : j + 4].permute(1, 2, 0).flatten()
+            deviation = (x[b, :, i : i + 4, j : j + 4].var() + 1e-6).sqrt()
+            torch.testing.assert_close(patch / deviation, residual[b, k] - shift, rtol=0, atol=1e-4)
+    hidden = hidden.expand_as(x)
+    assert torch.equal(masked, torch.where(hidden, 0.5, truth))
+    assert (shown[~hidden] == 0.5).all()
+
+    without = result._replace(main=(result.target,), residual=())
     torch.testing.assert_close(mirl.panels(x, without, 4)[:, 4], truth)
     with pytest.raises(UserError, match="no pair 2"):
         mirl.panels(x, out, 4, pair=2)
@@ -577,5 +606,3 @@ def test_images_of_another_shape_are_refused():
     for model in (tiny(), tiny().encoder):
         with pytest.raises(UserError, match=r"\(batch, 2, 12, 20\), not \(3, 2, 20, 12\)"):
             model(images().transpose(2, 3))
-    with pytest.raises(UserError, match="no block 4 in an encoder of 4 blocks"):
-        tiny().encoder.intermediate_features(images(), [4])

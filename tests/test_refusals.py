@@ -1,0 +1,86 @@
+"""What cannot be is refused in one sentence with exit code 2, and nothing is written."""
+
+import re
+
+import pytest
+from conftest import TINY, run
+
+import eval_speed
+import train_finetune
+import train_pretrain
+
+PRETRAIN = [
+    (["--model", "vit_x"], "no model 'vit_x'; the models are"),
+    (["--segments", 8], "8 segments need at least 8 blocks"),
+    (["--segments", 3], "segments must be 1 .* or even"),
+    (["--mask-ratio", "nan"], "--mask-ratio: must be finite, not nan"),
+    (["--mask-ratio", 0.999], "leaves no visible patch"),
+    (["--image-size", 30], "30x30 does not divide into patches of 4"),
+    (["--batch-size", 64], "--batch-size 64 is larger than the 33 training images"),
+    (["--batch-size", 0], "--batch-size: must be at least 1, not 0"),
+    (["--device-batch-size", 3], "--device-batch-size 3 does not divide .*: try 2"),
+    (["--epochs", 0], "--epochs: must be at least 1, not 0"),
+    (["--epochs", "ten"], "--epochs: invalid int value: 'ten'"),
+    (["--warmup-epochs", 5], "--warmup-epochs 5 is longer than the run of 2 epochs"),
+    (["--lr", "nan"], "--lr: must be finite, not nan"),
+    (["--lr", "-1"], "--lr: must be greater than 0, not -1"),
+    (["--base-lr", "inf"], "--base-lr: must be finite, not inf"),
+    (["--clip-grad", 0], "--clip-grad: must be greater than 0"),
+    (["--seed", 10**30], "--seed: must be finite"),
+    (["--recipe", "slow"], "invalid choice: 'slow'"),
+    (["--data", ""], "--data: must not be empty"),
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--data", "/no/such/folder"], "/no/such/folder: there is no such folder"),
+    (["--device", "cuda:99"], "--device cuda:99: .* cannot have it"),
+    (["--device", "toaster"], "--device toaster: use auto, cuda"),
+    (["--dtype", "fp16"], "--dtype fp16 needs a CUDA device"),
+    (["--picture-pair", 2], "--picture-pair 2: the model has 1"),
+    (["--method", "mae", "--segments", 2], "--method mae is one segment"),
+    (["--method", "mae", "--dense"], "--method mae is one segment"),
+    (["--plot", "/no/such/run"], "--plot"),
+    (["--truncate", 6], "--truncate 6 leaves none of the 6 blocks"),
+    (["--truncate", 5], "2 segments need at least 2 blocks"),
+    (["--omega", -1], "--omega: must be at least 0"),
+    (["--feature-weight", "nan"], "--feature-weight: must be finite"),
+    (["--vgg-weight", 1, "--vgg-checkpoint", "/no/file"], "there is no file /no/file"),
+]
+
+FINETUNE = [
+    (["--from", "/no/file.pt"], "there is no file /no/file.pt"),
+    (["--eval"], "--eval and --predict need --from"),
+    (["--eval", "--protocol", "knn"], "exclude each other"),
+    (["--predict", "a.png"], "--eval and --predict need --from"),
+    (["--randaug", 11], "--randaug: must be at most 10"),
+    (["--warmup-epochs", 3], "--warmup-epochs 3 is longer than the run of 2 epochs"),
+    (["--train-images", 99], "--train-images 99: there are 33"),
+    (["--layer-decay", 1.5], "--layer-decay: must be at most 1"),
+    (["--mixup", "1e-40"], "--mixup 1e-40 is too small: 0 turns it off"),
+    (["--ema-decay", -1], "--ema-decay: must be at least 0"),
+    (["--data", "/no/such"], "no such folder"),
+    (["--drop-path", 1], "drop_path must be in"),
+    (["--batch-size", 64], "--batch-size 64 is larger than the 33 training images"),
+]
+
+SPEED = [
+    (["--models", "vit_x"], "no model 'vit_x'"),
+    (["--batch-size", "none"], "--batch-size takes numbers"),
+    (["--batch-size", "auto", "--device", "cpu"], "--batch-size auto needs one process on a CUDA"),
+    (["--windows", 0], "--windows: must be at least 1, not 0"),
+    (["--json", "/no/such/folder/a.json"], "there is no folder /no/such/folder"),
+]
+
+START = ["--from", "scratch", "--train-images", "33", "--workers", "0"]
+CASES = [(train_pretrain, TINY, *case) for case in PRETRAIN]
+CASES += [(train_finetune, [*TINY, *START], *case) for case in FINETUNE]
+CASES += [(eval_speed, [], *case) for case in SPEED]
+
+
+@pytest.mark.parametrize(("script", "usual", "flags", "message"), CASES)
+def test_refusals(tmp_path, capsys, monkeypatch, script, usual, flags, message):
+    monkeypatch.chdir(tmp_path)
+    out = [] if script is eval_speed else ["--out", tmp_path / "run"]
+    assert run(script, *usual, *out, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error)
+    assert not list(tmp_path.iterdir())
