@@ -473,9 +473,7 @@ class MIRL(nn.Module):
         sums = [x_g + xi_g for x_g, xi_g in zip(main, residual)] or main  # MAE has no residual
 
         target, mean, std = normalise_patches(at_least_float32(take(patches, masked)))
-        losses = torch.stack(
-            [reconstruction_loss(prediction, target) for prediction in sums]
-        )  # L_g
+        losses = torch.stack([reconstruction_loss(x, target) for x in sums])  # L_g, (G/2,)
         return MIRLOutput(
             loss=losses.mean(),
             losses=losses.detach(),

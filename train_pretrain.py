@@ -263,15 +263,16 @@ class PretrainLoader:
     """Training images, cropped at random, flipped and normalised, on the device.
 
     Random resized crop (area 0.2 to 1, bicubic) and horizontal flip [R]. Images in memory are kept
-    on the device as uint8 and cropped a batch at a time, with random numbers from torch's global
+    on the GPU as uint8 and cropped a batch at a time, with random numbers from torch's global
     generator; files go through worker processes, with random numbers from (seed, epoch, file).
     """
 
     def __init__(self, data: mirl.Images, size: tuple[int, int], args: Args, device: torch.device):
-        self.data, self.size = data, size
+        self.data, self.size, self.device = data, size, device
         self.corrupt: set[str] = set()  # files that could not be read
         if data.in_memory:
-            self.images = data.images.to(device)
+            # (on MPS older versions of torch have no bicubic sampling: crop on the CPU)
+            self.images = data.images.to(device if device.type == "cuda" else "cpu")
         else:
             crop = v2.RandomResizedCrop(size, CROP_SCALE, interpolation=mirl.BICUBIC)
             transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
@@ -282,7 +283,8 @@ class PretrainLoader:
         """The micro-batches of these images, int64 (n, device batch): float32 (b, 3, H, W)."""
         if self.data.in_memory:
             for indices in order.to(self.images.device):
-                yield mirl.normalise_images(random_crops(self.images[indices], self.size))
+                crops = random_crops(self.images[indices], self.size)
+                yield mirl.normalise_images(crops.to(self.device))
         else:
             for images, _ in self.files.epoch(epoch, order.tolist()):
                 yield images

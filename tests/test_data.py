@@ -1,42 +1,39 @@
-"""The data: against torchvision where it does the same, and against what is promised."""
+"""The data: against torchvision and PIL where they do the same, and against what is promised."""
 
-import warnings
-
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import CPU, write_images
 from PIL import Image
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import mirl
-from mirl import UserError
-
-CPU = torch.device("cpu")
-
-
-def loader(data, batch_size=8, device_batch_size=4, size=(32, 32), seed=0, workers=0):
-    split = mirl.split_batch(batch_size, device_batch_size, 256)
-    return mirl.PretrainLoader(data, size, split, seed, CPU, workers)
+import train_finetune
+import train_pretrain
+from mirl import Images, Names, UserError, make_shapes
 
 
-def write_images(folder, count, size=(40, 30), seed=0):
-    folder.mkdir(parents=True, exist_ok=True)
-    g = torch.Generator().manual_seed(seed)
-    for i in range(count):
-        pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=g)
-        Image.fromarray(pixels.numpy()).save(folder / f"{i:03d}.png")
-    return folder
+def files(folder):
+    return mirl.load_folder(folder, "train")  # but for the first, which is for validation
 
 
-def unlabelled(folder):
-    files = mirl.list_images(folder)
-    return mirl.ImageFiles(files, torch.full((len(files),), -1), [])
+def loader(data, size=(32, 32), workers=0):
+    args = train_pretrain.parse(["--workers", str(workers)])
+    return train_pretrain.PretrainLoader(data, size, args, CPU)
+
+
+def order(data, epoch=0):
+    return mirl.shuffled(mirl.split_batch(len(data.images), 8, 4, 256), 0, epoch)
+
+
+# -- the embedded data set --
 
 
 def test_shapes_are_the_same_every_time():
-    a, b, c = mirl.make_shapes(1200, 0), mirl.make_shapes(1200, 0), mirl.make_shapes(1200, 1)
+    a, b, c = make_shapes(1200, 0), make_shapes(1200, 0), make_shapes(1200, 1)
     assert a.images.shape == (1200, 3, 32, 32) and a.images.dtype == torch.uint8
     assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
     assert not torch.equal(a.images, c.images)
@@ -46,7 +43,7 @@ def test_shapes_are_the_same_every_time():
 
 def test_shapes_have_hardly_a_flat_patch():
     """Per-patch normalisation would blow the rounding noise of flat patches up to full scale."""
-    patches = mirl.patchify(mirl.make_shapes(500, 0).images.float(), 4)
+    patches = mirl.patchify(make_shapes(500, 0).images.float(), 4)
     gray_levels = patches.unflatten(2, (16, 3)).std(dim=2).amax(dim=2)  # of the liveliest channel
     assert (gray_levels < 1).float().mean() < 0.02
 
@@ -63,7 +60,7 @@ def test_a_small_cnn_learns_the_shapes():
     body = conv(3, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2), conv(128, 128)
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 16)
     net = nn.Sequential(*body, *head)
-    train, val = mirl.make_shapes(4000, 0), mirl.make_shapes(1000, 1)
+    train, val = make_shapes(4000, 0), make_shapes(1000, 1)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=9 * 62)
     for _ in range(9):
@@ -78,19 +75,50 @@ def test_a_small_cnn_learns_the_shapes():
     assert (predicted == val.labels).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("box", [(0, 0, 20, 30), (3, 5, 9, 7), (2, 1, 17, 29), (8, 8, 4, 12)])
-@pytest.mark.parametrize("flip", [False, True])
-def test_crop_resize_is_that_of_torchvision(box, flip):
+# -- cropping --
+
+
+def crops(monkeypatch, images, box, size):
+    """`random_crops` with this box for every image."""
+    boxes = torch.tensor([box]).float().expand(len(images), 4)
+    monkeypatch.setattr(train_pretrain, "random_boxes", lambda *_: boxes)
+    return train_pretrain.random_crops(images, size)
+
+
+def test_a_crop_of_the_output_size_is_a_copy_or_its_mirror_image(monkeypatch):
     torch.manual_seed(0)
-    image = torch.rand(1, 3, 20, 30) * 255
-    expected = TF.resized_crop(
-        image, *box, (16, 12), interpolation=InterpolationMode.BICUBIC, antialias=True
-    ).clamp(0, 255)
-    expected = expected.flip(3) if flip else expected
-    two = image.repeat(2, 1, 1, 1)
-    boxes = torch.tensor([[0.0, 0.0, 20.0, 30.0], box])
-    got = mirl.crop_resize(two, boxes, (16, 12), torch.tensor([False, flip]))
-    torch.testing.assert_close(got[1:], expected, atol=0.01, rtol=1e-4)
+    images = torch.randint(256, (40, 3, 20, 30), dtype=torch.uint8)
+    for top, left, h, w in ((3, 5, 9, 7), (0, 0, 20, 30), (19, 0, 1, 30), (8, 26, 12, 4)):
+        out = crops(monkeypatch, images, (top, left, h, w), (h, w))
+        copy = images[:, :, top : top + h, left : left + w].float()
+        same, mirrored = ((out - x).abs().amax((1, 2, 3)) < 0.01 for x in (copy, copy.flip(3)))
+        assert (same ^ mirrored).all() and 8 < same.sum() < 32
+
+
+def test_a_crop_is_enlarged_as_torch_does_it(monkeypatch):
+    """Two pixels from a crop's border on, what lies outside of the crop plays no part."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (9, 3, 20, 30), dtype=torch.uint8)
+    for (top, left, h, w), size, m in (
+        ((0, 0, 20, 30), (60, 45), 0),
+        ((4, 9, 11, 12), (33, 48), 8),
+    ):
+        out = crops(monkeypatch, images, (top, left, h, w), size)
+        box = images[:, :, top : top + h, left : left + w].float()
+        expected = F.interpolate(box, size, mode="bicubic").clamp(0, 255)
+        errors = [
+            (out - x).abs()[:, :, m : size[0] - m, m : size[1] - m].amax((1, 2, 3))
+            for x in (expected, expected.flip(3))
+        ]
+        assert torch.minimum(*errors).max() < 0.01 < torch.maximum(*errors).min()
+
+
+def test_a_ramp_stays_a_ramp(monkeypatch):
+    """Twice enlarged, it climbs by half a step a pixel: bicubic weights are at most 0.05 off."""
+    ramp = (10 * torch.arange(24, dtype=torch.uint8))[:, None].expand(1, 3, 24, 24)
+    out = crops(monkeypatch, ramp, (4, 6, 16, 12), (32, 24))[0] / 10
+    expected = 4 - 0.25 + 0.5 * torch.arange(32.0)  # pixel centres at ∓1/4
+    assert (out - expected[:, None]).abs().max() < 0.05
 
 
 def test_random_boxes_are_those_of_torchvision():
@@ -101,11 +129,15 @@ def test_random_boxes_are_those_of_torchvision():
     params = [transform.make_params([image]) for _ in range(4000)]
     names = ("top", "left", "height", "width")
     theirs = torch.tensor([[p[n] for n in names] for p in params]).float()
-    ours = mirl.random_boxes(4000, 40, 24, (0.2, 1.0), CPU)
+    ours = train_pretrain.random_boxes(4000, 40, 24, CPU)
     assert (ours[:, 0] + ours[:, 2] <= 40).all() and (ours[:, 1] + ours[:, 3] <= 24).all()
     assert (ours >= 0).all() and (ours[:, 2:] >= 1).all()
     torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.5, rtol=0)
     torch.testing.assert_close(ours.std(0), theirs.std(0), atol=0.5, rtol=0)
+    for hw in ((1, 1), (1, 40), (33, 1)):
+        images = torch.randint(100, 200, (200, 3, *hw), dtype=torch.uint8)
+        out = train_pretrain.random_crops(images, (48, 56))
+        assert out.shape == (200, 3, 48, 56) and out.min() > 50 and out.max() < 250
 
 
 def test_normalisation_is_that_of_torchvision():
@@ -114,117 +146,139 @@ def test_normalisation_is_that_of_torchvision():
     torch.testing.assert_close(mirl.normalise_images(image), expected)
 
 
-def test_ranks_share_the_images_without_overlap(monkeypatch):
-    data = mirl.make_shapes(50, 0)
-    monkeypatch.setattr(mirl, "num_processes", lambda: 3)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(mirl, "process_rank", lambda rank=rank: rank)
-        one = loader(data, batch_size=12, device_batch_size=2).shares
-        assert one.steps == 4 and len(one) == 8
-        one.epoch = 1
-        shares.append(one.indices())
-        assert shares[-1].shape == (8, 2)
-        assert torch.equal(one.indices(), shares[-1])
-        one.epoch = 2
-        assert not torch.equal(one.indices(), shares[-1])
-    seen = torch.cat(shares).flatten().tolist()
-    assert len(set(seen)) == len(seen) == 48
+class Varied(Images):
+    """In memory, and every image has a size of its own."""
+
+    def name(self, i):
+        return f"image {i}"
+
+    def read(self, i):
+        return self.images[i]
 
 
-def test_ranks_see_together_the_images_of_one_process(monkeypatch):
-    """Step by step: the effective batch holds the same images whatever the number of ranks."""
-    data = mirl.make_shapes(50, 0)
-    whole = loader(data, batch_size=12, device_batch_size=12).shares.indices()
-    monkeypatch.setattr(mirl, "num_processes", lambda: 2)
-    shares = []
-    for rank in range(2):
-        monkeypatch.setattr(mirl, "process_rank", lambda rank=rank: rank)
-        shares.append(loader(data, batch_size=12, device_batch_size=3).shares.indices().view(4, 6))
-    for step in range(4):
-        joint = torch.cat([share[step] for share in shares])
-        assert sorted(joint.tolist()) == sorted(whole[step].tolist())
+def varied(count):
+    """From 1 x 1 to 40 x 56, some one pixel high or wide, some grey, some of one colour."""
+    g = torch.Generator().manual_seed(0)
+    images = []
+    for i in range(count):
+        h = 1 if i % 7 == 0 else torch.randint(1, 41, (), generator=g).item()
+        w = 1 if i % 11 == 0 else torch.randint(1, 57, (), generator=g).item()
+        image = torch.randint(256, (3, h, w), dtype=torch.uint8, generator=g)
+        image = image[:1].expand(3, h, w) if i % 3 == 0 else image
+        images.append(image[:, :1, :1].expand(3, h, w) if i % 5 == 0 else image)
+    return Varied(images, torch.arange(count) % 5, list("abcde"))
 
 
-def test_image_tensor_batches():
-    data = mirl.make_shapes(50, 0)
-    one = loader(data, size=(16, 24))
-    torch.manual_seed(0)
-    batches = list(one.epoch(0))
-    assert len(batches) == len(one.shares) == 12
-    assert all(b.shape == (4, 3, 16, 24) and b.dtype == torch.float32 for b in batches)
-    torch.manual_seed(0)
-    assert all(torch.equal(a, b) for a, b in zip(batches, one.epoch(0), strict=True))
+SCRIPTS = train_pretrain, train_finetune
+RECIPES = [(script, recipe) for script in SCRIPTS for recipe in script.RECIPES]
 
 
-def test_folder_batches_do_not_depend_on_the_workers(tmp_path):
-    files = unlabelled(write_images(tmp_path / "a" / "b", 20))
-    one, two = loader(files), loader(files, workers=2)
-    for epoch in (0, 1):
-        batches = list(one.epoch(epoch))
-        assert len(batches) == 4 and batches[0].shape == (4, 3, 32, 32)
-        assert all(torch.equal(a, b) for a, b in zip(batches, two.epoch(epoch), strict=True))
-    assert not torch.equal(batches[0], next(iter(one.epoch(0))))
-    before = torch.get_rng_state()
-    one.files.loader.dataset[0, 3]
-    assert torch.equal(before, torch.get_rng_state())  # the masks' random numbers stay apart
+@pytest.mark.parametrize(("script", "recipe"), RECIPES)
+def test_every_recipe_can_use_every_image(script, recipe):
+    """What its augmentation can draw within 2,000 images, at 96 pixels instead of more."""
+    args = script.parse(["--recipe", recipe, "--workers", "0"])
+    side = min(96, max(mirl.model_config(args.model).image_hw))
+    size, data = (side, side), varied(2000)
+    if script is train_pretrain:
+        one, mix = script.PretrainLoader(data, size, args, CPU).files, lambda *batch: batch
+    else:
+        transform = train_finetune.finetune_transform(size, args.randaug)
+        one = mirl.Loader(data, transform, args.seed, CPU, workers=0)
+        mix = train_finetune.mixing(args, 5)
+    transform = one.loader.dataset.transform
+
+    def checked(image):
+        out = transform(image)
+        assert out.dtype == torch.uint8 and out.shape == (3, *size)
+        return out
+
+    one.loader.dataset.transform = checked
+    for images, labels in one.epoch(0, mirl.in_order(2000, 50)):
+        images, labels = mix(images, labels)
+        assert images.shape == (50, 3, *size) and images.isfinite().all() and len(labels) == 50
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_image_is_skipped_named_once_and_counted(tmp_path, capsys, workers):
-    folder = write_images(tmp_path, 16)
-    (folder / "003.png").write_bytes(b"not an image")
-    whole = (folder / "007.png").read_bytes()
-    (folder / "007.png").write_bytes(whole[: len(whole) // 2])
-    one = loader(unlabelled(folder), workers=workers)
-    for epoch in range(3):
-        assert sum(len(batch) for batch in one.epoch(epoch)) == 16
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2
-    assert sorted(line.split("/")[-1] for line in printed) == [
-        "003.png cannot be read and is skipped",
-        "007.png cannot be read and is skipped",
-    ]
-    assert len(one.corrupt) == 2
+# -- files --
 
 
-def test_files_that_vanish_during_a_run_are_an_error(tmp_path):
-    files = unlabelled(write_images(tmp_path, 8))
-    one = loader(files)
-    for path in tmp_path.iterdir():
-        path.unlink()
-    with pytest.raises(UserError, match="can no longer be read"):
-        next(one.epoch(0))
+def test_every_kind_of_file_is_read_as_pil_reads_it(tmp_path):
+    image = Image.fromarray(make_shapes(1, 0).images[0].permute(1, 2, 0).numpy()).resize((45, 31))
+    clear = image.copy()
+    clear.putalpha(128)
+    deep = Image.fromarray(np.arange(31 * 45, dtype=np.uint16).reshape(31, 45))
+    grey = image.convert("L")
+    kinds = {"a.jpg": image, "grey.jpg": grey, "cmyk.jpg": image.convert("CMYK")}
+    kinds |= {"a.png": image, "grey.png": grey, "palette.png": image.convert("P")}
+    kinds |= {"alpha.png": clear, "deep.png": deep, "bits.png": image.convert("1")}
+    kinds |= {"a.bmp": image, "a.tiff": image, "a.webp": image, "alpha.webp": clear}
+    kinds |= {"猫 ö.png": image, "png.jpg": image}
+    for name, kind in kinds.items():
+        kind.save(tmp_path / name, "PNG" if name == "png.jpg" else None)
+        got = Images(Names([name]), torch.zeros(1), [], str(tmp_path)).read(0)
+        expected = TF.pil_to_tensor(Image.open(tmp_path / name).convert("RGB"))
+        assert got.dtype == torch.uint8 and got.shape == (3, 31, 45), name
+        assert (got.int() - expected.int()).abs().max() <= (2 if "jpg" in name else 0), name
+
+
+def test_what_cannot_be_read_is_none(tmp_path):
+    for name in ("a.jpg", "a.png", "a.webp", "a.bmp"):
+        Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("not an image")
+    names = ["a.jpg", "a.png", "a.webp", "a.bmp", "empty.png", "text.jpg", "none.png"]
+    data = Images(Names(names), torch.zeros(7), [], str(tmp_path))
+    assert [data.read(i) for i in range(7)] == [None] * 7
+
+
+def test_names():
+    names = ["a.png", "", "größe/猫.jpg", "b\udcff.png", "c" * 300]  # one is no UTF-8
+    kept = Names(names)
+    assert [kept[i] for i in range(len(kept))] == names
+    assert len(Names([])) == 0
+
+
+def test_the_digest_tells_data_sets_apart(tmp_path):
+    a = Images(Names(["a.png", "b.png"]), torch.tensor([0, 1]), ["x", "y"], "here")
+    assert a._replace(root="there").digest() == a.digest()
+    assert a._replace(images=Names(["a.png", "c.png"])).digest() != a.digest()
+    assert a._replace(labels=torch.tensor([0, 0])).digest() != a.digest()
+    b, c = make_shapes(3, 0), make_shapes(3, 0)
+    assert b.digest() == c.digest()
+    c.images[2, 0, 5, 5] += 1
+    assert b.digest() != c.digest()
+    assert b.select(torch.tensor([1, 0])).digest() != b.select(torch.tensor([0, 1])).digest()
 
 
 def test_folders(tmp_path):
-    write_images(tmp_path / "net" / "train" / "cat", 3)
-    write_images(tmp_path / "net" / "train" / "dog", 2)
-    write_images(tmp_path / "net" / "val" / "cat", 1)
-    write_images(tmp_path / "net" / "val", 1, seed=9)  # in no class
-    train, val = (mirl.load_data(str(tmp_path / "net"), "", s) for s in ("train", "val"))
+    def load(name):
+        return (mirl.load_data(str(tmp_path / name), "", split) for split in ("train", "val"))
+
+    for folder, count in (("train/cat", 3), ("train/dog", 2), ("val/cat", 1), ("val", 1)):
+        write_images(tmp_path / "net" / folder, count)
+    train, val = load("net")
     assert train.labels.tolist() == [0, 0, 0, 1, 1] and train.classes == ["cat", "dog"]
-    assert val.labels.tolist() == [-1, 0] and val.classes == train.classes
-    write_images(tmp_path / "flat" / "deep" / "deeper", 60)
+    assert sorted(val.labels.tolist()) == [-1, 0] and val.classes == train.classes
+    assert train.name(3) == str(tmp_path / "net/train/dog/000.png") and train.read(3) is not None
+    write_images(tmp_path / "flat" / "deep" / "deeper", 33)
+    write_images(tmp_path / "flat" / "other", 27)
     (tmp_path / "flat" / "notes.txt").write_text("not an image")
-    train, val = (mirl.load_data(str(tmp_path / "flat"), "", s).images for s in ("train", "val"))
-    assert len(train) == 58 and len(val) == 2 and not set(train) & set(val)
     write_images(tmp_path / "half" / "train" / "cat", 3)
-    train, val = (mirl.load_data(str(tmp_path / "half"), "", s).images for s in ("train", "val"))
-    assert len(train) == 2 and len(val) == 1 and not set(train) & set(val)
+    for name, counts in (("flat", [58, 2]), ("half", [2, 1])):
+        splits = [{x.name(i) for i in range(len(x.images))} for x in load(name)]
+        assert [len(names) for names in splits] == counts and not set.intersection(*splits)
 
 
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        mirl.load_data(str(tmp_path / "none"), "", "train")
-    (tmp_path / "empty" / "sub").mkdir(parents=True)
+        files(tmp_path / "none")
+    (tmp_path / "sub").mkdir()
     with pytest.raises(UserError, match="holds no images"):
-        mirl.load_data(str(tmp_path / "empty"), "", "train")
-    (tmp_path / "empty" / "a.jpg").write_bytes(b"")
+        files(tmp_path)
+    (tmp_path / "a.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="none of the 1 images"):
-        loader(mirl.load_data(str(tmp_path / "empty"), "", "train"), 1, 1)
-    with pytest.raises(UserError, match="--batch-size 64 is larger than the 20 training images"):
-        loader(unlabelled(write_images(tmp_path / "few", 20)), 64, 64)
+        loader(files(tmp_path))
 
 
 class FakeCIFAR:
@@ -246,12 +300,85 @@ def test_cifar(monkeypatch):
         mirl.load_data("cifar10", "offline", "train")
 
 
+# -- epochs --
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 40])
+def test_processes_share_an_epoch(monkeypatch, processes):
+    """Step by step they see together the images of one process; in validation, all, once."""
+    batch = 12 if processes < 40 else 40
+    split = mirl.split_batch(50, batch, None, 256)
+    whole = mirl.shuffled(split, 0, 1)
+    assert len(whole) == 50 // batch and len(whole.unique()) == whole.numel()
+    assert not torch.equal(whole.flatten(), mirl.shuffled(split, 0, 2).flatten())
+    monkeypatch.setattr(mirl, "WORLD_SIZE", processes)
+    shares, seen = [], []
+    for rank in range(processes):
+        monkeypatch.setattr(mirl, "RANK", rank)
+        split = mirl.split_batch(50, batch, None, 2)
+        mine = mirl.shuffled(split, 0, 1)
+        assert mine.shape == (split.steps * split.accumulation, split.device_batch_size)
+        assert torch.equal(mine, mirl.shuffled(split, 0, 1))
+        shares.append(mine.view(split.steps, -1))
+        seen += [i for batch in mirl.in_order(33, 4) for i in batch]
+    assert torch.equal(torch.cat(shares, dim=1).sort(dim=1)[0], whole.sort(dim=1)[0])
+    assert sorted(seen) == list(range(33))
+
+
+def test_batches_of_a_data_set_in_memory():
+    data = make_shapes(50, 0)
+    one, epochs = loader(data, size=(16, 24)), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        epochs.append(torch.stack(list(one.epoch(0, order(data)))))
+    assert epochs[0].shape == (12, 4, 3, 16, 24) and epochs[0].dtype == torch.float32
+    assert torch.equal(*epochs)
+
+
+def test_batches_of_files_do_not_depend_on_the_workers(tmp_path):
+    data = files(write_images(tmp_path, 21))
+    one, two = loader(data), loader(data, workers=2)
+    before = torch.get_rng_state()
+    for epoch in (0, 1):
+        batches = list(one.epoch(epoch, order(data)))
+        assert len(batches) == 4 and batches[0].shape == (4, 3, 32, 32)
+        again = two.epoch(epoch, order(data))
+        assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
+    assert not torch.equal(batches[0], next(one.epoch(0, order(data))))
+    assert torch.equal(before, torch.get_rng_state())  # the masks' random numbers stay apart
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_image_is_skipped_named_once_and_counted(tmp_path, capsys, workers):
+    folder = write_images(tmp_path, 17)
+    (folder / "003.png").write_bytes(b"not an image")
+    whole = (folder / "007.png").read_bytes()
+    (folder / "007.png").write_bytes(whole[: len(whole) // 2])
+    bad = ["003.png", "007.png"]
+    if workers:  # a decoder that such a file ends takes its own process with it, not this one
+        (folder / "009.png").write_bytes(whole[:500] + bytes(20) + whole[520:])
+        bad.append("009.png")
+    data = files(folder)
+    one = loader(data, workers=workers)
+    for epoch in range(3):
+        assert sum(len(batch) for batch in one.epoch(epoch, order(data))) == 16
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"warning: {folder / n} cannot be read and is skipped" for n in bad]
+    assert len(one.corrupt) == len(bad)
+
+
+def test_files_that_vanish_during_a_run_are_an_error(tmp_path):
+    data = files(write_images(tmp_path, 9))
+    one = loader(data)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="can no longer be read"):
+        next(one.epoch(0, order(data)))
+
+
 def test_fixed_images_are_whole_and_in_order(tmp_path):
-    data = mirl.make_shapes(9, 0)
+    data = make_shapes(9, 0)
     picked = mirl.fixed_images(data, (32, 32), 3)
     expected = mirl.normalise_images(data.images[[0, 4, 8]])
     torch.testing.assert_close(picked, expected, atol=1e-4, rtol=1e-4)
-    files = unlabelled(write_images(tmp_path, 5))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert mirl.fixed_images(files, (32, 32), 8).shape == (5, 3, 32, 32)
+    assert len(mirl.fixed_images(files(write_images(tmp_path, 6)), (32, 32), 8)) == 5

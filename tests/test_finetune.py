@@ -1,47 +1,52 @@
 """Fine-tuning: RandAug, layer decay, the moving average, loading, and train_finetune.py."""
 
+import dataclasses
 import functools
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 
+import conftest
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
-from test_pretrain import ROOT, TORCHRUN
-from torchvision.transforms import v2
+from conftest import CPU, ROOT, TORCHRUN, metrics, with_tests_on_path, write_images
+from PIL import ImageEnhance, ImageOps
+from torchvision.transforms.v2 import functional as TF
 
 import mirl
 import train_finetune
 import train_pretrain
 from mirl import UserError
 
-TINY = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "8", "--log-every", "2"]
-TINY += ["--device", "cpu", "--workers", "0", "--train-images", "32", "--from", "scratch"]
+TINY = [*conftest.TINY, "--workers", "0", "--train-images", "32", "--from", "scratch"]
+AUGMENTATIONS = train_finetune.AUGMENTATIONS
+finetune = functools.partial(conftest.run, train_finetune, *TINY)
 
 
-@pytest.fixture(autouse=True)
-def small_shapes(monkeypatch):
-    whole = functools.cache(mirl.make_shapes)
-    monkeypatch.setattr(mirl, "make_shapes", lambda count, seed: whole(33, seed))
+def vit(**overrides):
+    torch.manual_seed(1)
+    return mirl.build_vit("vit_nano", **overrides)
 
 
-def finetune(*flags):
-    try:
-        mirl.run_script(train_finetune.main, [*TINY, *map(str, flags)])
-    except SystemExit as stop:
-        return stop.code
-    return 0
+def image_folder(root):
+    """33 training and 33 validation images of three classes."""
+    for split in ("train", "val"):
+        for seed, name in enumerate(("cat", "dog", "eel")):
+            write_images(root / split / name, 11, seed)
+    return root
 
 
-def metrics(out, kind):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+def stored(path, state):
+    torch.save(state, path)
+    return str(path)
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 # -- RandAug --
@@ -50,84 +55,108 @@ def metrics(out, kind):
 def test_randaug_applies_half_of_its_operations_near_nine(monkeypatch):
     torch.manual_seed(0)
     seen = []
-    for name in mirl.AUGMENTATIONS:
-        monkeypatch.setitem(mirl.AUGMENTATIONS, name, lambda x, s, n=name: seen.append((n, s)))
-    randaug = mirl.RandAugment(9.0)
+    for name in AUGMENTATIONS:
+        monkeypatch.setitem(AUGMENTATIONS, name, lambda x, s, n=name: seen.append((n, s)))
+    randaug = train_finetune.RandAugment(9.0)
     for _ in range(4000):
         randaug(None)
     assert len(seen) == pytest.approx(4000, abs=4 * math.sqrt(2000))  # 8000 · 1/2
     strengths = torch.tensor([s for _, s in seen])
     assert strengths.mean() == pytest.approx(0.9, abs=0.01) and strengths.max() == 1
     assert strengths[strengths < 1].std() == pytest.approx(0.05, abs=0.01)
-    assert {n for n, _ in seen} == set(mirl.AUGMENTATIONS) and len(mirl.AUGMENTATIONS) == 15
+    assert {n for n, _ in seen} == set(AUGMENTATIONS) and len(AUGMENTATIONS) == 15
 
 
 def test_randaug_is_not_that_of_torchvision():
-    """Its rotation at 9 is 27 degrees; torchvision's RandAugment(2, 9) turns by 9."""
-    image = Image.new("RGB", (64, 64))
-    image.paste((255, 255, 255), (0, 30, 64, 34))  # a horizontal bar
-    turned = v2.functional.pil_to_tensor(mirl.AUGMENTATIONS["rotate"](image, 0.9))[0] > 200
-    rows = torch.arange(64.0)
-    centre = [(turned[:, c] * rows).sum() / turned[:, c].sum() for c in (20, 43)]
-    slope = math.degrees(math.atan((centre[1] - centre[0]) / 23))
-    assert abs(slope) == pytest.approx(27, abs=4)
-    theirs = v2.RandAugment(2, 9)._AUGMENTATION_SPACE["Rotate"][0](31, 64, 64)[9]
-    assert float(theirs) == pytest.approx(9)
+    """Its rotation at 9 is 27 degrees; that of torchvision's RandAugment(2, 9) is 9."""
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 30:34] = 255  # a horizontal bar
+    turned = AUGMENTATIONS["rotate"](image, 0.9)[0] > 200
+    a, b = (turned[:, column].nonzero().float().mean() for column in (20, 43))
+    assert abs(math.degrees(math.atan((b - a) / 23))) == pytest.approx(27, abs=4)
 
 
-@pytest.mark.parametrize("name", mirl.AUGMENTATIONS)
-def test_every_operation_keeps_the_size_and_grows_with_its_strength(name, monkeypatch):
-    monkeypatch.setattr(mirl, "either_way", lambda strength: strength)
-    pixels = mirl.make_shapes(33, 0).images[0]
-    image = v2.functional.to_pil_image(pixels)
-
-    def change(strength):
-        out = mirl.AUGMENTATIONS[name](image, strength)
-        assert out.size == (32, 32) and out.mode == "RGB"
-        return (v2.functional.pil_to_tensor(out).float() - pixels).abs().mean().item()
-
-    if name in ("autocontrast", "equalize", "invert"):  # they have no strength
-        assert change(0.9) == change(0.1) > 0
-    else:
-        assert change(0.9) > change(0.3) and (change(0.0) < 1 or name == "posterize")
+NO_STRENGTH = ("autocontrast", "equalize", "invert")
 
 
-@pytest.mark.parametrize("name", mirl.AUGMENTATIONS)
-@pytest.mark.parametrize("size", [(1, 1), (33, 17), (1, 20)])
-def test_every_operation_at_every_strength(name, size):
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_operation_grows_with_its_strength_at_every_size(name, monkeypatch):
     torch.manual_seed(0)
-    pixels = torch.randint(256, (3, *size[::-1]), dtype=torch.uint8)
-    for strength in (0.0, 0.05, 0.5, 0.999, 1.0):
-        out = mirl.AUGMENTATIONS[name](v2.functional.to_pil_image(pixels), strength)
-        assert out.size == size and out.mode == "RGB"
+    monkeypatch.setattr(train_finetune, "either_way", lambda strength: strength)
+    for hw in ((1, 1), (33, 17), (20, 1), (32, 32)):
+        image = torch.randint(256, (3, *hw), dtype=torch.uint8)
+        for strength in (0.0, 0.05, 0.5, 0.999, 1.0):
+            out = AUGMENTATIONS[name](image, strength)
+            assert out.dtype == torch.uint8 and out.shape == image.shape
+            if not strength and name not in (*NO_STRENGTH, "posterize"):  # which leaves 4 bits
+                assert torch.equal(out, image)
+    image = mirl.make_shapes(33, 0).images[0]
+    out = [AUGMENTATIONS[name](image, strength).float() for strength in (0.3, 0.9)]
+    weak, strong = ((x - image).abs().mean() for x in out)
+    assert strong == weak > 0 if name in NO_STRENGTH else strong > weak > 0
+
+
+@pytest.mark.parametrize("strength", [-1, -0.999, -0.5, -0.05, 0, 0.05, 0.5, 0.999, 1])
+def test_operations_against_those_of_pil(monkeypatch, strength):
+    torch.manual_seed(0)
+    s = abs(strength)
+    monkeypatch.setattr(train_finetune, "either_way", lambda _: strength)
+    pil = dict(
+        autocontrast=ImageOps.autocontrast,
+        equalize=ImageOps.equalize,
+        invert=ImageOps.invert,
+        posterize=lambda x: ImageOps.posterize(x, max(1, 4 - int(4 * s))),
+        solarize=lambda x: ImageOps.solarize(x, 256 - int(256 * s)),
+    )
+    for name in ("color", "contrast", "brightness", "sharpness"):
+        enhance = getattr(ImageEnhance, name.title())
+        pil[name] = lambda x, enhance=enhance: enhance(x).enhance(1 + 0.9 * strength)
+    exact = ("equalize", "invert", "posterize", "solarize")
+    images = [*mirl.make_shapes(33, 0).images[:4], torch.full((3, 5, 5), 77, dtype=torch.uint8)]
+    images += [torch.randint(n, (3, 33, 17), dtype=torch.uint8) for n in (20, 256)]
+    for name, operation in pil.items():
+        for image in images:
+            theirs = TF.pil_to_tensor(operation(TF.to_pil_image(image))).int()
+            ours = AUGMENTATIONS[name](image, s).int()
+            assert (ours - theirs).abs().max() <= (name not in exact), name
+
+
+def test_what_is_moved_leaves_grey():
+    """Half of the strength shifts by 0.225 of a side, and ImageNet's mean comes in."""
+    white = torch.full((3, 41, 20), 255, dtype=torch.uint8)
+    for name, count in (("translate_x", 4 * 41), ("translate_y", 9 * 20)):
+        out = AUGMENTATIONS[name](white, 0.5)
+        assert (out.movedim(0, 2) == torch.tensor([124, 116, 104])).all(dim=2).sum() == count
+        assert (out == 255).sum() == 3 * (41 * 20 - count)
 
 
 def test_small_images_are_padded_and_cropped_large_ones_cropped_and_resized():
     """A 32-pixel image keeps its scale: each row of a crop is a row of the image, or padding."""
     torch.manual_seed(0)
-    rows = torch.arange(32, dtype=torch.uint8)[:, None].expand(3, 32, 32) * 8
-    image = v2.functional.to_pil_image(rows)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (mirl.IMAGENET_MEAN, mirl.IMAGENET_STD))
+    image = (torch.arange(32, dtype=torch.uint8) * 8)[:, None].expand(3, 32, 32)
+    small, large = (train_finetune.finetune_transform(size, 0) for size in ((32, 32), (96, 80)))
     tops = set()
     for _ in range(50):
-        out = mirl.finetune_transform((32, 32), 0, 0)(image) * std + mean
-        values = (out[0] * 255 / 8).round()[:, 16]
+        values = small(image)[0, :, 16].int() / 8
         step = values.diff()[(values[1:] > 0) & (values[:-1] > 0)]
         assert (step == 1).all()
         tops.add(values[values > 0][0].item() - (values > 0).int().argmax().item())
     assert tops == set(range(-4, 5))
-    assert mirl.finetune_transform((96, 80), 0, 0)(image).shape == (3, 96, 80)
-    erased = mirl.finetune_transform((32, 32), 0, 1.0)(image)
-    assert len(erased[0].unique()) > 40  # noise among at most 33 levels
+    assert large(image).shape == (3, 96, 80)
+
+
+# -- mixing, the loss --
+
+
+def mixing(*flags):
+    return train_finetune.mixing(train_finetune.parse([*TINY, *flags]), 4)
 
 
 def test_mixed_targets_with_smoothing_by_hand():
     """λ·one-hot of the image + (1 − λ)·one-hot of its neighbour, then 0.1 spread over all."""
     torch.manual_seed(0)
-    mix = v2.MixUp(alpha=0.8, num_classes=4)
-    images = torch.rand(3, 3, 8, 8)
-    labels = torch.tensor([0, 2, 3])
-    mixed, targets = mix(images, labels)
+    images, labels = torch.rand(3, 3, 8, 8), torch.tensor([0, 2, 3])
+    mixed, targets = mixing("--mixup", "0.8", "--cutmix", "0")(images, labels)
     lam = targets[0, 0].item()
     for i in range(3):
         torch.testing.assert_close(mixed[i], lam * images[i] + (1 - lam) * images[i - 1])
@@ -138,43 +167,67 @@ def test_mixed_targets_with_smoothing_by_hand():
             target = lam * (labels[i] == c) + (1 - lam) * (labels[i - 1] == c)
             target = 0.9 * target + 0.1 / 4
             by_hand -= target * (logits[i, c] - logits[i].exp().sum().log()) / 3
-    torch.testing.assert_close(F.cross_entropy(logits, targets, label_smoothing=0.1), by_hand)
+    torch.testing.assert_close(train_finetune.loss_function(logits, targets, 0.1), by_hand)
 
 
 def test_mixing_alternates_between_mixup_and_cutmix():
     torch.manual_seed(0)
-    args = train_finetune.parse([*TINY, "--mixup", "0.8", "--cutmix", "1.0"])
-    mix = train_finetune.mixing(args, 4)
+    mix, off = mixing("--mixup", "0.8", "--cutmix", "1.0"), mixing("--mixup", "0", "--cutmix", "0")
     images = torch.arange(2.0)[:, None, None, None].expand(2, 3, 16, 16)
     cut = sum(len(mix(images, torch.tensor([0, 1]))[0][0].unique()) == 2 for _ in range(300))
     assert 100 < cut < 200
-    off = train_finetune.mixing(train_finetune.parse([*TINY, "--mixup", "0", "--cutmix", "0"]), 4)
     assert off(1, 2) == (1, 2)
+
+
+def test_erasing_puts_a_box_of_noise_into_each_image():
+    torch.manual_seed(0)
+    erase = mixing("--mixup", "0", "--cutmix", "0", "--erasing", "0.5")
+    images, _ = erase(torch.zeros(200, 3, 32, 32), torch.zeros(200))
+    boxes = [box for box in (images != 0).all(dim=1) if box.any()]
+    assert all(torch.equal(b, b.any(dim=1)[:, None] & b.any(dim=0)) for b in boxes)
+    assert 60 < len(boxes) < 140 and len({b.sum().item() for b in boxes}) > 20  # each its own
+    assert images[images != 0].std() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_the_first_loss_of_a_run_by_hand(tmp_path, smoothing):
+    model = vit(num_classes=16)
+    nn.init.normal_(model.head.weight, std=0.2)
+    path = stored(tmp_path / "a.pth", model.state_dict())
+    flags = ["--from", path, "--label-smoothing", str(smoothing)]
+    assert finetune(*flags, "--epochs", 1, "--log-every", 1, "--out", tmp_path / "run") == 0
+    args = train_finetune.parse([*TINY, *flags])
+    data, split = train_finetune.labelled(args, "train"), mirl.split_batch(32, 8, None, 8)
+    transform = train_finetune.finetune_transform((32, 32), 0)
+    loader = mirl.Loader(data, transform, args.seed, CPU, workers=0)
+    images, labels = next(loader.epoch(0, mirl.shuffled(split, args.seed, 0).tolist()))
+    with torch.no_grad():
+        logs = model(images).log_softmax(dim=1)
+    expected = -(1 - smoothing) * logs[range(8), labels].mean() - smoothing * logs.mean()
+    assert metrics(tmp_path / "run", "step")[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 # -- layer decay, the moving average --
 
 
 def test_layer_decay_of_every_parameter():
-    vit = mirl.build_vit("vit_nano")  # 6 blocks, n = 7
-    groups = mirl.parameter_groups(vit, 2.0, 0.05, layer_decay=0.5)
-    lrs = {id(p): g["lr"] for g in groups for p in g["params"]}
-    decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-    for name, p in vit.named_parameters():
+    model = vit()  # 6 blocks, n = 7
+    groups = mirl.parameter_groups(model, 2.0, 0.05, train_finetune.layer_decay(0.5, 6))
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        layer = 7
         if name in ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias"):
             layer = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        else:
-            layer = 7
-        assert lrs[id(p)] == 2.0 * 0.5 ** (7 - layer), name
-        assert decays[id(p)] == (0.05 if p.ndim > 1 and name != "cls_token" else 0), name
-    assert len(lrs) == len(list(vit.parameters()))
+        weight_decay = 0.05 if p.ndim > 1 and name != "cls_token" else 0
+        assert rates[id(p)] == (2.0 * 0.5 ** (7 - layer), weight_decay), name
+    assert len(rates) == len(list(model.parameters()))
 
 
 def test_the_moving_average_follows_its_formula():
     model = nn.Linear(2, 1)
-    average = mirl.EMA(model, 0.3)
+    average = train_finetune.EMA(model, 0.3)
     expected = model.weight.detach().clone()
     for t in range(8):
         with torch.no_grad():
@@ -188,108 +241,88 @@ def test_the_moving_average_follows_its_formula():
 # -- loading --
 
 
-def vit(**overrides):
-    torch.manual_seed(1)
-    return mirl.build_vit("vit_nano", **overrides)
-
-
 HEAD = ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
 
 
-def test_loading_what_pre_training_leaves(tmp_path, capsys):
-    flags = ["--epochs", "1", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path)]
-    train_pretrain.main(flags)
-    encoder = mirl.load_file(tmp_path / "encoder.pt")["model"]
-    capsys.readouterr()
-    for name in ("encoder.pt", "checkpoint.pt"):
+def test_what_pre_training_leaves_is_taken_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_pretrain.main(["--epochs", "1", "--batch-size", "8", "--device", "cpu"])
+    args = train_finetune.parse([])
+    assert args.from_ == "runs/mirl-quick/encoder.pt" and args.out == "runs/finetune-quick"
+    encoder = mirl.load_file(args.from_)["model"]
+    for path in (args.from_, "runs/mirl-quick/checkpoint.pt"):
+        capsys.readouterr()
         model = vit()
-        assert mirl.load_encoder(model, str(tmp_path / name)) == HEAD
+        assert mirl.load_encoder(model, path) == HEAD
         report = capsys.readouterr().out
-        assert f"76 of 80 tensors from {tmp_path / name}; at random: fc_norm.weight," in report
+        assert f"76 of 80 tensors from {path}; at random: fc_norm.weight," in report
         assert "unused: norm.weight, norm.bias" in report
         for key, value in encoder.items():
-            if not key.startswith("norm."):
-                assert torch.equal(model.state_dict()[key], value), key
+            assert key.startswith("norm.") or torch.equal(model.state_dict()[key], value), key
+    assert finetune("--from", args.from_, "--ema-decay", 0) == 0
+    assert f"76 of 80 tensors from {args.from_}" in capsys.readouterr().out
+    assert not list((tmp_path / args.out).glob("ema*"))
 
 
 def test_loading_timm_and_mae_names(tmp_path):
     """As MAE publishes them: under "model", with a decoder and a position table, no head."""
-    state = mirl.build_vit("vit_nano", pool="none").state_dict()
-    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.weight": torch.ones(8)}
-    torch.save({"model": state | decoder}, tmp_path / "mae.pth")
-    assert mirl.load_encoder(vit(), str(tmp_path / "mae.pth")) == HEAD
-    assert mirl.load_encoder(vit(pool="cls"), str(tmp_path / "mae.pth")) == HEAD[2:]
-    timm = mirl.build_vit("vit_nano", pool="cls", num_classes=10).state_dict()
-    timm["pos_embed"] = torch.randn_like(timm["pos_embed"])  # learned
-    torch.save(timm, tmp_path / "timm.pth")
+    state = vit(pool="none").state_dict()
+    state |= {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.weight": torch.ones(8)}
+    mae = stored(tmp_path / "mae.pth", {"model": state})
+    assert mirl.load_encoder(vit(), mae) == HEAD
+    assert mirl.load_encoder(vit(pool="cls"), mae) == HEAD[2:]
+    state = mirl.build_vit("vit_nano", pool="cls", num_classes=10).state_dict()
+    state["pos_embed"] = torch.randn_like(state["pos_embed"])  # learned
+    timm = stored(tmp_path / "timm.pth", state)
     model = vit(pool="cls", num_classes=10)
-    assert mirl.load_encoder(model, str(tmp_path / "timm.pth")) == []
-    assert torch.equal(model.head.weight, timm["head.weight"])
-    assert torch.equal(model.pos_embed, timm["pos_embed"])
+    assert mirl.load_encoder(model, timm) == []
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     model = vit(pool="cls", num_classes=7)
-    assert mirl.load_encoder(model, str(tmp_path / "timm.pth")) == HEAD[2:]
-    assert torch.equal(model.norm.bias, timm["norm.bias"])
+    assert mirl.load_encoder(model, timm) == HEAD[2:]
+    assert torch.equal(model.norm.bias, state["norm.bias"])
 
 
 def test_other_grids(tmp_path, capsys):
-    state = mirl.build_vit("vit_nano", pool="cls").state_dict()
-    torch.save(state, tmp_path / "a.pth")
+    state = vit(pool="cls").state_dict()
     model = vit(pool="cls", image_size=(48, 32))
-    mirl.load_encoder(model, str(tmp_path / "a.pth"))
+    mirl.load_encoder(model, stored(tmp_path / "a.pth", state))
     assert torch.equal(model.pos_embed, mirl.sincos_positions(96, (12, 8)))
     state["pos_embed"] = torch.linspace(0, 1, 65)[None, :, None].expand(1, 65, 96).clone()
-    torch.save(state, tmp_path / "b.pth")
     model = vit(pool="cls", image_size=64)
-    mirl.load_encoder(model, str(tmp_path / "b.pth"))
+    mirl.load_encoder(model, stored(tmp_path / "b.pth", state))
     assert "positions resized from (8, 8) to (16, 16)" in capsys.readouterr().out
     grid = model.pos_embed[0, 1:, 0].view(16, 16)
     assert (grid.diff(dim=0) > 0).all() and model.pos_embed[0, 0, 0] == 0
     # as many patches on another grid, which only the configuration tells
-    wide = mirl.build_vit("vit_nano", image_size=(16, 64), pool="none")
-    saved = dict(model=wide.state_dict(), config=mirl.dataclasses.asdict(wide.config))
-    torch.save(saved, tmp_path / "c.pth")
-    model = vit()
-    mirl.load_encoder(model, str(tmp_path / "c.pth"))
+    wide, model = vit(image_size=(16, 64), pool="none"), vit()
+    saved = dict(model=wide.state_dict(), config=dataclasses.asdict(wide.config))
+    mirl.load_encoder(model, stored(tmp_path / "c.pth", saved))
     assert torch.equal(model.pos_embed, mirl.sincos_positions(96, (8, 8)))
 
 
 def test_truncated_encoders(tmp_path, capsys):
-    torch.save(mirl.build_vit("vit_nano", depth=4).state_dict(), tmp_path / "short.pth")
+    short = stored(tmp_path / "short.pth", mirl.build_vit("vit_nano", depth=4).state_dict())
     model = vit()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(UserError, match=r"does not fit the model: 24 missing: block 4, block 5$"):
-        mirl.load_encoder(model, str(tmp_path / "short.pth"))
+        mirl.load_encoder(model, short)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    fresh = mirl.load_encoder(model, str(tmp_path / "short.pth"), truncated=True)
-    assert len(fresh) == 24 and "at random: block 4, block 5" in capsys.readouterr().out
-    assert torch.equal(model.blocks[5].mlp.fc1.weight, before["blocks.5.mlp.fc1.weight"])
-    assert not torch.equal(model.blocks[3].mlp.fc1.weight, before["blocks.3.mlp.fc1.weight"])
+    assert len(mirl.load_encoder(model, short, truncated=True)) == 24
+    assert "at random: block 4, block 5" in capsys.readouterr().out
+    for block, same in ((5, True), (3, False)):
+        name = f"blocks.{block}.mlp.fc1.weight"
+        assert torch.equal(model.state_dict()[name], before[name]) == same
 
 
-class Hostile:
-    def __reduce__(self):
-        return os.system, ("touch hacked",)
-
-
-def test_files_that_fit_no_model(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"something": torch.ones(2)}, "other.pth")
-    torch.save(torch.ones(2), "tensor.pth")
-    with pytest.raises(UserError, match=r"other.pth holds no weights of a ViT"):
-        mirl.load_encoder(vit(), "other.pth")
-    with pytest.raises(UserError, match=r"tensor.pth is no checkpoint: it holds a Tensor"):
-        mirl.load_encoder(vit(), "tensor.pth")
-    torch.save(mirl.build_vit("vit_ti").state_dict(), "large.pth")
-    with pytest.raises(
-        UserError, match=r"72 unexpected: block 6, .*shape: cls_token \(1, 1, 192\)"
+def test_files_that_fit_no_model(tmp_path):
+    large = mirl.build_vit("vit_ti").state_dict()
+    for state, message in (
+        ({"something": torch.ones(2)}, "a.pth holds no weights of a ViT"),
+        (torch.ones(2), "a.pth is no checkpoint: it holds a Tensor"),
+        (large, r"72 unexpected: block 6, .*shape: cls_token \(1, 1, 192\)"),
     ):
-        mirl.load_encoder(vit(), "large.pth")
-    with pytest.raises(UserError, match="there is no file"):
-        mirl.load_encoder(vit(), "none.pth")
-    torch.save(Hostile(), "hostile.pth")
-    with pytest.raises(UserError, match="not a checkpoint that can be read safely"):
-        mirl.load_encoder(vit(), "hostile.pth")
-    assert not (tmp_path / "hacked").exists()
+        with pytest.raises(UserError, match=message):
+            mirl.load_encoder(vit(), stored(tmp_path / "a.pth", state))
 
 
 # -- looking at a frozen encoder --
@@ -328,10 +361,9 @@ def test_probes_on_problems_with_a_known_answer():
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_protocols_leave_nothing_but_a_line(tmp_path, capsys, protocol):
-    torch.save(vit(pool="none").state_dict(), tmp_path / "encoder.pth")
-    flags = ["--protocol", protocol, "--out", tmp_path / "run", "--from", tmp_path / "encoder.pth"]
-    assert finetune(*flags) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    encoder = stored(tmp_path / "encoder.pth", vit(pool="none").state_dict())
+    assert finetune("--protocol", protocol, "--out", tmp_path / "run", "--from", encoder) == 0
+    result = last_line(capsys)
     assert result["protocol"] == protocol and 0 <= result["top1"] <= result["top5"] <= 100
     assert (result["train_images"], result["val_images"]) == (32, 33)
     assert not (tmp_path / "run").exists()
@@ -340,7 +372,7 @@ def test_protocols_leave_nothing_but_a_line(tmp_path, capsys, protocol):
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_every_block_is_probed(tmp_path, capsys, pool):
     model, tokens = vit(pool="none"), []
-    torch.save(model.state_dict(), tmp_path / "encoder.pth")
+    encoder = stored(tmp_path / "encoder.pth", model.state_dict())
     for block in model.blocks:
         block.register_forward_hook(lambda block, inputs, output: tokens.append(output))
 
@@ -351,14 +383,14 @@ def test_every_block_is_probed(tmp_path, capsys, pool):
         means = [x[:, 1:].mean(dim=1) for x in tokens]
         return means if pool == "cls" else [F.layer_norm(x, (96,), eps=1e-6) for x in means]
 
-    flags = ["--pool", pool, "--from", tmp_path / "encoder.pth", "--protocol"]
-    args = train_finetune.parse(["--data", "shapes", "--train-images", "32"])
+    args = train_finetune.parse(TINY)
     train, val = (train_finetune.labelled(args, split) for split in ("train", "val"))
     expected = []
     for x, queries in zip(pooled(train), pooled(val), strict=True):
         votes = train_finetune.knn_scores(x, train.labels, queries, 16)
         expected.append(100 * (votes.argmax(dim=1) == val.labels).double().mean().item())
-    assert finetune(*flags, "blocks") == finetune(*flags, "knn") == 0
+    for protocol in ("blocks", "knn"):
+        assert finetune("--pool", pool, "--from", encoder, "--protocol", protocol) == 0
     blocks, knn = map(json.loads, capsys.readouterr().out.splitlines()[1::2])
     assert blocks["top1"] == pytest.approx(expected, abs=0.01) and len(blocks["top5"]) == 6
     assert pool == "cls" or blocks["top1"][-1] == knn["top1"]
@@ -373,7 +405,7 @@ def test_the_validation_images_are_the_same_in_every_run():
     assert len(images(0, 7, "val")) == 7 and len(images(0, 7, "train")) == 20
     assert torch.equal(images(0, 7, "val"), images(1, 7, "val"))
     assert not torch.equal(images(0, 7, "train"), images(1, 7, "train"))
-    with pytest.raises(mirl.UserError, match="--val-images 34: there are 33"):
+    with pytest.raises(UserError, match="--val-images 34: there are 33"):
         images(0, 34, "val")
 
 
@@ -398,172 +430,112 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     for name, of in (("ema-last.pt", "ema"), ("raw-last.pt", "raw"), ("checkpoint.pt", "raw")):
         capsys.readouterr()
         assert finetune("--eval", "--from", out / name) == 0
-        scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+        scores = last_line(capsys)
         assert scores["top1"] == epochs[1][f"{of}_top1"]
         assert scores["val_loss"] == pytest.approx(epochs[1][f"{of}_val_loss"])
 
 
 def test_evaluation_against_a_plain_count():
+    """Of 33 images, 32 with a label."""
     data = mirl.make_shapes(33, 0)
-    model = mirl.build_vit("vit_nano", num_classes=16)
+    labels = data.labels.index_fill(0, torch.tensor(5), -1)
+    model = vit(num_classes=16)
     nn.init.normal_(model.head.weight)
-    transform, order = mirl.evaluation_transform((32, 32)), mirl.InOrder(33, 8)
-    loader = mirl.WorkerLoader(data, transform, order, 0, torch.device("cpu"), 0)
+    loader = mirl.Loader(data._replace(labels=labels), mirl.whole_image((32, 32)), 0, CPU, 0)
     [scores] = train_finetune.evaluate([model], loader, torch.float32)
     with torch.no_grad():
-        logits = model(mirl.normalise_images(data.images))
-    ranks = (logits > logits[range(33), data.labels][:, None]).sum(1)
-    assert scores["top1"] == pytest.approx(100 * (ranks < 1).sum().item() / 33)
-    assert scores["top5"] == pytest.approx(100 * (ranks < 5).sum().item() / 33)
-    assert scores["val_loss"] == pytest.approx(
-        F.cross_entropy(logits, data.labels).item(), rel=1e-5
-    )
+        logits = model(mirl.normalise_images(data.images))[labels >= 0]
+    truth = labels[labels >= 0]
+    ranks = (logits > logits[range(32), truth][:, None]).sum(1)
+    assert scores["top1"] == pytest.approx(100 * (ranks < 1).sum().item() / 32)
+    assert scores["top5"] == pytest.approx(100 * (ranks < 5).sum().item() / 32)
+    expected = -logits.log_softmax(dim=1)[range(32), truth].mean().item()
+    assert scores["val_loss"] == pytest.approx(expected, rel=1e-5) and scores["val_images"] == 32
 
 
-def test_every_validation_image_counts_once_on_any_number_of_ranks(monkeypatch):
-    for ranks in (1, 2, 3, 40):
-        monkeypatch.setattr(mirl, "num_processes", lambda ranks=ranks: ranks)
-        seen = []
-        for rank in range(ranks):
-            monkeypatch.setattr(mirl, "process_rank", lambda rank=rank: rank)
-            order = mirl.InOrder(33, 4)
-            batches = list(order)
-            assert len(order) == len(batches)
-            seen += [i for batch in batches for _, i in batch]
-        assert sorted(seen) == list(range(33))
-
-
-def test_two_ranks_count_every_image_once(tmp_path):
-    folder = image_folder(tmp_path / "data")
-    flags = [*TINY, "--data", folder, "--out", tmp_path / "run", "--epochs", "1", "--workers", "1"]
-    done = subprocess.run(
-        [*TORCHRUN, ROOT / "train_finetune.py", *flags], capture_output=True, text=True
-    )
+def test_two_processes_count_every_image_once(tmp_path, capsys):
+    folder, out = image_folder(tmp_path / "data"), tmp_path / "run"
+    flags = [*TINY, "--data", folder, "--out", out, "--epochs", "1", "--workers", "1"]
+    command = [*TORCHRUN, ROOT / "train_finetune.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=with_tests_on_path())
     assert done.returncode == 0, done.stderr
-    [epoch] = metrics(tmp_path / "run", "epoch")
+    [epoch] = metrics(out, "epoch")
     assert epoch["raw_val_images"] == epoch["ema_val_images"] == 33
-    assert epoch["raw_top1"] * 33 / 100 == pytest.approx(round(epoch["raw_top1"] * 33 / 100))
-    assert mirl.load_file(tmp_path / "run" / "raw-last.pt")["classes"] == ["even", "odd"]
+    assert finetune("--eval", "--data", folder, "--from", out / "raw-last.pt") == 0
+    alone = last_line(capsys)
+    assert epoch["raw_top1"] == alone["top1"]
+    assert epoch["raw_val_loss"] == pytest.approx(alone["val_loss"], rel=1e-5)
 
 
-def test_resume_with_the_moving_average_is_exact(tmp_path):
-    assert finetune("--out", tmp_path / "whole", "--epochs", 3) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        original = mirl.WorkerLoader.epoch
+def test_resume_with_the_moving_average_is_exact(tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    original = mirl.Loader.epoch
 
-        def stop(self, epoch):
-            for i, batch in enumerate(original(self, epoch)):
-                if (epoch, i) == (1, 2):
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
+    def stopped(self, epoch, batches):
+        for i, batch in enumerate(original(self, epoch, batches)):
+            if (epoch, i) == (1, 2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
-        patch.setattr(mirl.WorkerLoader, "epoch", stop)
-        assert finetune("--out", tmp_path / "run", "--epochs", 3) == 128 + signal.SIGTERM
-    assert finetune("--out", tmp_path / "run", "--epochs", 3, "--resume") == 0
+    assert finetune("--out", whole, "--epochs", 3) == 0
+    monkeypatch.setattr(mirl.Loader, "epoch", stopped)
+    assert finetune("--out", out, "--epochs", 3) == 128 + signal.SIGTERM
+    monkeypatch.setattr(mirl.Loader, "epoch", original)
+    assert finetune("--out", out, "--epochs", 3, "--resume") == 0
     times = {"seconds", "images_per_second", "input_wait", "peak_memory_gib"}
     for kind in ("step", "epoch"):
-        a, b = (
-            [{k: v for k, v in m.items() if k not in times} for m in metrics(tmp_path / name, kind)]
-            for name in ("whole", "run")
-        )
-        assert a == b
+        for a, b in zip(metrics(whole, kind), metrics(out, kind), strict=True):
+            assert a.keys() == b.keys() and all(a[k] == b[k] for k in a.keys() - times)
     for name in ("raw-last.pt", "ema-last.pt", "ema-best.pt"):
-        a, b = (mirl.load_file(tmp_path / run / name)["model"] for run in ("whole", "run"))
+        a, b = (mirl.load_file(run / name)["model"] for run in (whole, out))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_pre_train_then_fine_tune(tmp_path, capsys):
-    """The quick recipe picks up what the quick pre-training left."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        train_pretrain.main(["--epochs", "1", "--batch-size", "8", "--device", "cpu"])
-        args = train_finetune.parse([])
-        assert args.from_ == "runs/mirl-quick/encoder.pt" and args.out == "runs/finetune-quick"
-        assert finetune("--from", args.from_, "--ema-decay", 0) == 0
-    assert "76 of 80 tensors" in capsys.readouterr().out
-    assert not list((tmp_path / "runs" / "finetune-quick").glob("ema*"))
-
-
 @pytest.mark.parametrize(
-    ("model", "decay", "epochs", "drop"),
+    ("models", "decay", "epochs", "drop"),
     [
-        ("vit_s", 0.65, 200, 0.1),
-        ("vit_s_54", 0.88, 100, 0.1),
-        ("vit_b", 0.65, 100, 0.1),
-        ("vit_b_24", 0.65, 100, 0.1),
-        ("vit_b_48", 0.88, 50, 0.2),
+        (["vit_s"], 0.65, 200, 0.1),
+        (["vit_b", "vit_b_24"], 0.65, 100, 0.1),
+        (["vit_s_54"], 0.88, 100, 0.1),
+        (["vit_b_48"], 0.88, 50, 0.2),
     ],
 )
-def test_table_2(model, decay, epochs, drop):
-    args = train_finetune.parse(["--recipe", "imagenet", "--model", model])
-    assert (args.layer_decay, args.epochs, args.drop_path) == (decay, epochs, drop)
-    assert args.lr == pytest.approx(7.5e-4 * 8) and args.warmup_epochs == 20
-    assert (args.batch_size, args.weight_decay, args.label_smoothing) == (2048, 0.05, 0.1)
-    assert (args.randaug, args.mixup, args.cutmix, args.ema_decay) == (9, 0.8, 1.0, 0.9998)
+def test_table_2(models, decay, epochs, drop):
+    for model in models:
+        args = train_finetune.parse(["--recipe", "imagenet", "--model", model])
+        assert (args.layer_decay, args.epochs, args.drop_path) == (decay, epochs, drop)
+        assert args.lr == pytest.approx(7.5e-4 * 8) and args.warmup_epochs == 20
+        assert (args.batch_size, args.weight_decay, args.label_smoothing) == (2048, 0.05, 0.1)
+        assert (args.randaug, args.mixup, args.cutmix, args.ema_decay) == (9, 0.8, 1.0, 0.9998)
     assert train_finetune.parse(["--recipe", "imagenet", "--epochs", "30"]).epochs == 30
 
 
 def test_a_step_reads_nothing_from_the_device():
     """Tensors of the meta device have no values: whatever would wait for a GPU fails there."""
     torch.manual_seed(0)
-    args = train_finetune.parse(["--recipe", "cifar10", "--from", "scratch"])
+    args = train_finetune.parse(["--recipe", "cifar10", "--from", "scratch", "--erasing", "0.5"])
     mix = train_finetune.mixing(args, 16)
     model = mirl.build_vit("vit_nano", num_classes=16, drop_path=0.1).to("meta")
-    average = mirl.EMA(model, 0.99)
+    average = train_finetune.EMA(model, 0.99)
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="meta")
     labels = torch.zeros(4, dtype=torch.int64, device="meta")
     for _ in range(6):  # mixup and cutmix both
         mixed, targets = mix(mirl.normalise_images(images), labels)
-        F.cross_entropy(model(mixed), targets, label_smoothing=0.1).backward()
+        train_finetune.loss_function(model(mixed), targets, 0.1).backward()
         average.update_parameters(model)
     sums = train_finetune.score(model(mirl.normalise_images(images)), labels)
     with pytest.raises(RuntimeError):
         sums.sum().item()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--from", "/no/file.pt"], "there is no file /no/file.pt"),
-        (["--eval"], "--eval and --predict need --from"),
-        (["--eval", "--protocol", "knn"], "exclude each other"),
-        (["--predict", "a.png"], "--eval and --predict need --from"),
-        (["--randaug", 11], "--randaug must be at most 10"),
-        (["--warmup-epochs", 3], "--warmup-epochs 3 is longer than the run of 2 epochs"),
-        (["--train-images", 99], "--train-images 99: there are 33"),
-        (["--layer-decay", 1.5], "--layer-decay must be at most 1"),
-        (["--mixup", "1e-40"], "--mixup 1e-40 is too small: 0 turns it off"),
-        (["--ema-decay", -1], "--ema-decay must be at least 0"),
-        (["--data", "/no/such"], "no such folder"),
-        (["--drop-path", 1], "drop_path must be in"),
-        (["--batch-size", 64], "--batch-size 64 is larger than the 32 training images"),
-    ],
-)
-def test_refusals(tmp_path, capsys, flags, message):
-    assert finetune("--out", tmp_path / "run", *flags) == 2
-    error = capsys.readouterr().err
-    assert re.search(message, error) and error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-def image_folder(root, classes=("even", "odd"), count=33):
-    shapes = mirl.make_shapes(33, 0)
-    for split in ("train", "val"):
-        for i, image in enumerate(shapes.images[:count]):
-            path = root / split / classes[i % len(classes)]
-            path.mkdir(parents=True, exist_ok=True)
-            v2.functional.to_pil_image(image).save(path / f"{i}.png")
-    return root
-
-
 def test_predicting_and_starting_from_a_fine_tuned_model(tmp_path, capsys):
     """The path for tiny data sets: fine-tune a fine-tuned model, with other classes."""
-    folder, out = image_folder(tmp_path / "data", ("cat", "dog", "eel")), tmp_path / "tiny"
+    folder, out = image_folder(tmp_path / "data"), tmp_path / "tiny"
     assert finetune("--out", tmp_path / "first") == 0
     first = tmp_path / "first" / "ema-best.pt"
     assert finetune("--data", folder, "--from", first, "--out", out) == 0
     assert "78 of 80 tensors" in capsys.readouterr().out
-    image = folder / "val" / "cat" / "0.png"
+    image = folder / "val" / "cat" / "000.png"
     assert finetune("--predict", image, image, "--from", out / "ema-best.pt") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[0] == str(image)
@@ -583,8 +555,8 @@ def test_predicting_and_starting_from_a_fine_tuned_model(tmp_path, capsys):
 
 def test_what_cannot_be_read_does_not_count_in_an_evaluation(tmp_path, capsys):
     folder = image_folder(tmp_path / "data")
-    (folder / "val" / "odd" / "5.png").write_bytes(b"no image")
-    (folder / "train" / "odd" / "7.png").write_bytes(b"no image")
+    (folder / "val" / "dog" / "005.png").write_bytes(b"no image")
+    (folder / "train" / "eel" / "007.png").write_bytes(b"no image")
     assert finetune("--data", folder, "--out", tmp_path / "run", "--train-images", 33) == 0
     epochs = metrics(tmp_path / "run", "epoch")
     assert [m["raw_val_images"] for m in epochs] == [32, 32]
@@ -593,6 +565,6 @@ def test_what_cannot_be_read_does_not_count_in_an_evaluation(tmp_path, capsys):
 
 
 def test_images_without_labels_are_refused(tmp_path, capsys):
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    assert finetune("--data", tmp_path, "--out", tmp_path / "run") == 2
+    write_images(tmp_path / "data")
+    assert finetune("--data", tmp_path / "data", "--out", tmp_path / "run") == 2
     assert "the val images have no labels" in capsys.readouterr().err
