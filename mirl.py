@@ -16,8 +16,9 @@ The file is a lesson up to the banner "The lesson ends here"; then comes what th
 "[S x]" is section x of the paper's supplementary material, "[R]" a fact of its released code.
 Symbols: B images of C channels and H × W pixels, cut into N patches of P × P. Of these V are
 visible and |M| masked. D is the encoder's width, d the decoders'. Segment g of G ends in z_g, which
-is embedded as e_g. Decoder H_g attends to y_g and predicts x̂_g (shallow) or ξ̂_g (deep). L_g is the
-loss of pair g. In the margins h is the number of heads; n and m are any number of tokens.
+is embedded as e_g. Decoder H_g takes e_g, attends to y_g, the embeddings of all earlier segments,
+and predicts x̂_g (shallow) or ξ̂_g (deep). L_g is the loss of pair g. In attention h is the number of
+heads; n, m and r are numbers of tokens.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -41,7 +43,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -172,8 +173,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def layer_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6)
+layer_norm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -193,9 +193,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """rows: int64 (B, m), the tokens that ask; default all. Returns theirs, (B, m, D)."""
+        """rows: int64 (B, r), the places of the tokens to compute; default all n. -> (B, r, D)"""
         q, k, v = self.qkv(x).chunk(3, dim=2)  # (B, n, D) each
-        q = q if rows is None else take(q, rows)  # (B, m, D)
+        q = q if rows is None else take(q, rows)  # (B, r, D)
         return self.proj(attention(q, k, v, self.heads))
 
 
@@ -236,9 +236,10 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor, y: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """x: (B, n, D). y: (B, m, D). rows: int64 (B, k), the tokens wanted; default all n."""
-        attended = self.attn(self.norm1(x), rows)  # (B, k, D)
-        x = x if rows is None else take(x, rows)  # (B, k, D)
+        """x: (B, n, D). y: (B, m, D). rows: int64 (B, r), the places of the tokens to compute;
+        default all n. Returns (B, r, D)."""
+        attended = self.attn(self.norm1(x), rows)  # (B, r, D)
+        x = x if rows is None else take(x, rows)  # (B, r, D)
         x = x + self.drop_path(attended)
         if y is not None:
             x = x + self.cross_attn(self.norm_x(x), self.norm_y(y))
@@ -369,8 +370,8 @@ class Decoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
         if config.weight_norm:
-            # dim=1, not the default 0: the columns of the (out, in) weight have unit norm; torch
-            # keeps a magnitude (original0) beside the direction, which stays 1 here [R]
+            # dim=1, not the default 0: every column of the (out, in) weight has unit norm. torch
+            # keeps a magnitude (original0) and a direction (original1); the magnitude stays 1. [R]
             nn.utils.parametrizations.weight_norm(self.head, dim=1)
             magnitude = self.head.parametrizations.weight.original0
             magnitude.data.fill_(1)
@@ -412,7 +413,7 @@ class MIRLOutput(NamedTuple):
     target: Tensor  # x, float32 (B, |M|, P·P·C), the masked patches normalised
     mean: Tensor  # (B, |M|, 1), by these means
     std: Tensor  # (B, |M|, 1), and these deviations
-    terms: dict[str, Tensor] = MappingProxyType({})  # further objectives, unweighted, detached
+    terms: dict[str, Tensor]  # further objectives, unweighted, detached
 
 
 class MIRL(nn.Module):
@@ -450,8 +451,8 @@ class MIRL(nn.Module):
             noise = torch.rand(patches.shape[:2], device=images.device)
         visible, masked = random_masking(noise, self.config.mask_ratio)  # (B, V), (B, |M|)
 
-        # The encoder sees the visible patches. Each segment goes on from the last, un-normed; the
-        # decoders get a normed and embedded copy of where it ended.
+        # The encoder sees the visible patches alone. Its tokens run through all segments un-normed;
+        # at the end of each a copy is normed and embedded for the decoders.
         x = self.encoder.embed(take(patches, visible), visible)  # (B, 1+V, D)
         e = [self.input_embed(self.input_norm(x)) if dense else None]  # e_0: (B, 1+V, d)
         norms = [*self.segment_norms, self.encoder.norm]
@@ -487,6 +488,7 @@ class MIRL(nn.Module):
             target=target,
             mean=mean,
             std=std,
+            terms={},
         )
 
 
@@ -538,9 +540,9 @@ def panels(images: Tensor, out: MIRLOutput, patch_size: int, pair: int = 1) -> T
     a residual of zero, so reconstruction = main component + residual everywhere; zero is shown as
     grey. The per-patch normalisation is undone with the *true* mean and deviation of each patch.
 
-    Only the sum of the two predictions is trained, so each may carry a pattern that the other one
-    takes away. What of it is the same in every patch, the mean of the residual over all the masked
-    patches, is moved from the residual to the main component.
+    The loss sees only the sum, so main component and residual may carry a pattern that cancels.
+    What of it is the same in every patch shows in the mean of the residual over all masked patches.
+    That mean is moved from the residual to the main component.
 
     For C = 3 ImageNet's mean and deviation are undone too; images of other C are taken to be in
     [0, 1]. Raises UserError where there is no such pair.
@@ -661,7 +663,8 @@ def feature_loss(
         "the feature-level loss needs negatives, and the batch on the devices is one image: raise "
         "--device-batch-size, or give --feature-negatives none",
     )
-    z = put(z, masked, torch.zeros_like(features))  # (B, N, D), zero at visible patches
+    # Images differ in what is masked, so scores are made for all N places, and the masked taken.
+    z = put(z, masked, torch.zeros_like(features))  # (B, N, D)
     # Eq. 1 is the cross-entropy of picking the image's own z⁺ among those of all images;
     # without autocast, because 1/τ magnifies what half precision loses
     with autocast(z.device, torch.float32):
@@ -705,27 +708,24 @@ def vgg_extractor(checkpoint: str | None) -> nn.Module:
     ImageNet weights. Raises UserError where neither can be had.
     """
     if checkpoint:
-        with torch.device("meta"):
-            net = models.vgg16()
-        state = load_file(checkpoint)
-        own = {k: v for k, v in state.items() if k.startswith("features.")}
+        layers = models.vgg.make_layers(models.vgg.cfgs["D"])
+        saved = load_file(checkpoint).items()
+        own = {k.removeprefix("features."): v for k, v in saved if str(k).startswith("features.")}
         try:
-            net.load_state_dict(own, strict=False, assign=True)
-            complete = not any(p.is_meta for p in net.features.parameters())
+            layers.load_state_dict(own)
         except RuntimeError:
-            complete = False
-        require(complete, f"--vgg-checkpoint {checkpoint} is no VGG-16 of torchvision")
+            raise UserError(f"--vgg-checkpoint {checkpoint} is no VGG-16 of torchvision") from None
     else:
         try:
             with rank_zero_first():
-                net = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1)
+                layers = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1).features
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"--vgg-weight: VGG-16's weights could not be downloaded ({error}); give a file of "
                 "torchvision's vgg16 state dict with --vgg-checkpoint"
             ) from None
-    layers = {"3": "relu1_2", "8": "relu2_2", "15": "relu3_3", "22": "relu4_3"}
-    return create_feature_extractor(net.features.eval(), layers).requires_grad_(False)
+    names = {"3": "relu1_2", "8": "relu2_2", "15": "relu3_3", "22": "relu4_3"}
+    return create_feature_extractor(layers.eval(), names).requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -779,11 +779,9 @@ def check_mirl(c: Config) -> None:
     check_width("decoder_width", c.decoder_width, "decoder_heads", c.decoder_heads)
     require(c.pixels > 1, "a patch of one number has no variance: patch_size must be at least 2")
     require(0 < c.mask_ratio < 1, f"mask_ratio must be between 0 and 1, not {c.mask_ratio}")
-    for kind, count in (
-        ("visible", int(N * (1 - c.mask_ratio))),
-        ("masked", N - int(N * (1 - c.mask_ratio))),
-    ):
-        require(count, f"mask_ratio {c.mask_ratio} of {N} patches leaves no {kind} patch")
+    visible = int(N * (1 - c.mask_ratio))
+    none = "masked" if visible else "visible"
+    require(0 < visible < N, f"mask_ratio {c.mask_ratio} of {N} patches leaves no {none} patch")
 
 
 def check_width(width_name: str, width: int, heads_name: str, heads: int) -> None:
@@ -873,8 +871,9 @@ TEXTURES = ("stripes", "checks", "dots", "rings")
 
 
 class Names:
-    """File names in one block of bytes. Forked worker processes share it; each of them would copy
-    a list of strings, bit by bit, by counting references in it."""
+    """File names in one block of bytes, which forked worker processes share. Each of them would
+    end up with a copy of a list of strings, because Python counts references inside every string.
+    """
 
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -936,10 +935,10 @@ class Images(NamedTuple):
 def make_shapes(count: int, seed: int) -> Images:
     """The embedded data set: `count` generated 32 × 32 colour images of 16 classes.
 
-    A class is one of four shapes filled with one of four textures, which go between a light and a
-    dark colour, as the slope behind them does; place, size, angle and colours vary. The shape is
-    what a main component can show, the texture what is left to the residual. The same seed gives
-    the same images.
+    A class is one of four shapes filled with one of four textures. The texture, and the slope
+    behind the shape, each blend a dark and a light colour. Place, size, angle and colours vary. The
+    shape is what a main component can show, the texture what is left to the residual. The same seed
+    gives the same images.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = [_draw_shapes(min(1000, count - i), generator) for i in range(0, count, 1000)]
@@ -1066,8 +1065,8 @@ class Split(NamedTuple):
 def split_batch(images: int, batch_size: int, device_batch_size: int | None, limit: int) -> Split:
     """Cut the images into effective batches, and these over the processes into micro-batches.
 
-    Without a device batch size, the largest one up to `limit` that comes out even. Raises
-    UserError, with one that works, where the wished one does not.
+    Without a device batch size it takes the largest up to `limit` that comes out even. Raises
+    UserError, and names a size that works, where the given one does not divide.
     """
     require(
         batch_size <= images,
@@ -1114,12 +1113,12 @@ class ImageDataset(torch.utils.data.Dataset):
     transform: uint8 (3, h, w) -> uint8 (3, *size). Indexed with (epoch, i): the same pair gives the
     same picture, whichever process makes it. Returns (image, label, bad). Where image i cannot be
     read, the next readable one stands in and bad is i (else −1), so that every batch keeps its size
-    and nothing fails unseen; a stand-in has its own label if `labelled`, else −1. Raises UserError
-    where nothing can be read.
+    and nothing fails unseen. A stand-in has its own label if `keep_labels`, else −1. Raises
+    UserError where nothing can be read.
     """
 
-    def __init__(self, data: Images, transform: Callable, seed: int = 0, labelled: bool = True):
-        self.data, self.transform, self.seed, self.labelled = data, transform, seed, labelled
+    def __init__(self, data: Images, transform: Callable, seed: int = 0, keep_labels: bool = True):
+        self.data, self.transform, self.seed, self.keep_labels = data, transform, seed, keep_labels
         readable = any(data.read(i) is not None for i in range(len(self)))  # stops at the first
         require(readable, f"none of the {len(self)} images like {data.name(0)} can be read")
 
@@ -1137,7 +1136,7 @@ class ImageDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.data.name(i)} and what follows it can no longer be read")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of("file", self.seed, epoch, i))
-            label = int(self.data.labels[good]) if good == i or self.labelled else -1
+            label = int(self.data.labels[good]) if good == i or self.keep_labels else -1
             return self.transform(image), label, i if good != i else -1
 
 
@@ -1154,13 +1153,13 @@ class Loader:
         seed: int,
         device: torch.device,
         workers: int,
-        labelled: bool = True,
+        keep_labels: bool = True,
     ):
         self.data, self.device = data, device
         self.corrupt: set[str] = set()
         self.keys: list[list[tuple[int, int]]] = []  # the batches of the epoch
         self.loader = torch.utils.data.DataLoader(
-            ImageDataset(data, transform, seed, labelled),
+            ImageDataset(data, transform, seed, keep_labels),
             batch_sampler=self.keys,
             num_workers=workers,
             worker_init_fn=leave_signals_alone,
@@ -1180,12 +1179,12 @@ class Loader:
             yield normalise_images(images), labels
         names = {self.data.name(i) for i in set().union(*gather(corrupt))}
         for name in sorted(names - self.corrupt):
-            say(f"warning: {name} cannot be read and is skipped")
+            say(f"warning: {name} cannot be read: another image is in its place")
         self.corrupt |= names
 
 
 def leave_signals_alone(worker: int) -> None:
-    """A worker process ends with the main one, not by the signals meant for that."""
+    """Ctrl-C is the main process's to handle; SIGTERM ends a worker, as torch's shutdown needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -1244,26 +1243,22 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine"
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-# Flags that a resumed run may change; with any other, the steps done would not be those of the run.
+# These flags may differ on a resume. Any other would make the steps done those of another run.
 RESUME_MAY_CHANGE = {"resume", "out", "recipe", "data", "data_dir", "from_", "device", "dtype"}
 RESUME_MAY_CHANGE |= {"device_batch_size", "compile", "workers", "log_every", "tensorboard"}
-RESUME_MAY_CHANGE |= {"picture_every", "picture_pair", "log_grad_norms", "truncated"}
+RESUME_MAY_CHANGE |= {
+    "picture_every",
+    "picture_pair",
+    "log_grad_norms",
+    "truncated",
+    "vgg_checkpoint",
+}
 
 
 class Run:
     """What the training scripts share around their loop: optimiser, logs, checkpoints, resume.
 
-        for epoch in run.epochs():
-            for i, images in enumerate(run.timed(batches), start=1):
-                last = i % accumulation == 0               # micro-batch of the step
-                run.model.require_backward_grad_sync = last
-                with mirl.autocast(device, run.dtype):
-                    loss = run.model(images).loss
-                run.scaler.scale(loss / accumulation).backward()
-                run.note(loss=loss)
-                if last:
-                    run.update()
-            run.end_epoch()
+    The loop itself stands in both scripts.
 
     model: on its device, not yet wrapped; `run.model` is it after --compile and DDP. args: the
     script's flags. groups, betas: AdamW's. data: the training images, cut by `split`. average: a
@@ -1307,7 +1302,8 @@ class Run:
             args={k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE},
             data=dict(images=split.images, classes=data.classes, digest=data.digest()[:16]),
         )
-        self.epoch = self.written = 0  # epochs done, and bytes of metrics.jsonl that tell of them
+        self.epoch = 0  # epochs done; while one runs, its number from 1
+        self.written = 0  # bytes of metrics.jsonl at the checkpoint
         self.history: list[dict[str, Any]] = []
         if args.resume and self.checkpoint.exists():
             self.resume()
@@ -1327,7 +1323,9 @@ class Run:
         try:
             for what, new in self.same.items():
                 old = {k: v for k, v in saved[what].items() if k in new}
-                changed = [f"{k} {v} -> {new[k]}" for k, v in old.items() if v != new[k]]
+                changed = [
+                    f"{k} {v!s:.60} -> {new[k]!s:.60}" for k, v in old.items() if v != new[k]
+                ]
                 require(
                     not changed,
                     f"--resume continues a run as it began, and {self.checkpoint} has another "
@@ -1442,7 +1440,7 @@ class Run:
         if WORLD_SIZE > 1:
             dist.all_reduce(losses)
             losses /= WORLD_SIZE
-        losses = losses.cpu().double()  # the one wait for the device
+        losses = losses.cpu().double()  # here the loop waits for the device
         bad = (~losses.isfinite().all(dim=1)).nonzero().flatten().tolist()
         what = f"the loss at step {self.step - len(losses) + 1 + bad[0]}" if bad else None
         if not bad and self.step % self.split.steps == 0:
@@ -1464,7 +1462,7 @@ class Run:
             grad_norm=norm.item(),
             images_per_second=round(speed, 1),
             input_wait=round(self.waited / seconds, 4),
-            peak_memory_gib=peak_memory(self.device),
+            peak_memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3),  # 0 without CUDA
         )
         self.write("step", self.record | {k: v.tolist() for k, v in vectors.items()})
         text = f"loss {self.record['loss']:.4f}  lr {lr:.2e}  {speed:.0f} img/s"
@@ -1499,13 +1497,14 @@ class Run:
         """One line of metrics.jsonl, and its numbers to TensorBoard if asked for."""
         if RANK != 0:
             return
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-        infinite = {k: None for k, v in numbers.items() if not math.isfinite(v)}  # no JSON for them
+        line = json.dumps(dict(kind=kind) | record)
+        line = re.sub("-?Infinity|NaN", "null", line)  # JSON has neither
         with open(self.metrics, "a") as file:
-            file.write(json.dumps(dict(kind=kind) | record | infinite) + "\n")
+            file.write(line + "\n")
         if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(f"{kind}/{name}", value, record["step"])
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{kind}/{name}", value, record["step"])
             self.board.flush()
 
 
@@ -1648,12 +1647,6 @@ def pick_workers(flag: int | None) -> int:
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def peak_memory(device: torch.device) -> float | None:
-    """The most GiB of a GPU's memory that were in use so far; None elsewhere."""
-    cuda = device.type == "cuda"
-    return round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if cuda else None
-
-
 # ------------------------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------------------------
@@ -1704,7 +1697,8 @@ def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
     state = next(
         (saved[k] for k in ("model", "state_dict") if isinstance(saved.get(k), dict)), saved
     )
-    weights = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = [(k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)]
+    weights = {k.removeprefix("module."): v for k, v in tensors}
     prefix = "encoder." if "encoder.cls_token" in weights else ""  # of our pre-training checkpoints
     weights = {
         k.removeprefix(prefix): v
@@ -1713,7 +1707,7 @@ def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
     }
     own = vit.state_dict()
     require(weights.keys() & own.keys(), f"--from {path} holds no weights of a ViT")
-    if "pos_embed" in weights:
+    if "pos_embed" in weights and weights["pos_embed"].ndim == 3:
         try:
             grid = Config(**saved["config"]).grid
         except (KeyError, TypeError):  # not a file of ours
@@ -1935,12 +1929,8 @@ def within(kind: type, low=-math.inf, above=-math.inf, high=math.inf) -> Callabl
 def say(text: str) -> None:
     """Print from the main process, without tearing a progress bar."""
     if RANK == 0:
-        tqdm.write(text)
+        tqdm.write(text.encode(errors="backslashreplace").decode())  # a file's name may be no UTF-8
         sys.stdout.flush()
-
-
-class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C."""
 
 
 @contextlib.contextmanager
@@ -1951,16 +1941,17 @@ def interruptible(out: str | None):
     def stop(number, frame):
         for s in before:  # once is enough
             signal.signal(s, signal.SIG_IGN)
-        raise Interrupted(number)
+        if hasattr(signal, "SIGCHLD"):  # worker processes may end by the same signal: no news
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise SystemExit(128 + number)
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except Interrupted as interrupted:
-        number = interrupted.args[0]
-        left = f": {last_checkpoint(out)}" if out else ""
-        say(f"stopped by {signal.Signals(number).name}{left}")
-        raise SystemExit(128 + number) from None
+    except SystemExit as stopped:
+        name = signal.Signals(stopped.code - 128).name
+        say(f"stopped by {name}" + (f": {last_checkpoint(out)}" if out else ""))
+        raise
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -1983,7 +1974,8 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
         elif not isinstance(error, UserError | OSError):
             raise
         # an error in a worker process comes with its traceback, and the sentence at the end
-        sentence = str(error).strip().splitlines()[-1].removeprefix("mirl.UserError: ")
+        text = str(error).strip() or type(error).__name__
+        sentence = text.splitlines()[-1].removeprefix("mirl.UserError: ")
         if LOCAL_RANK:
             time.sleep(2)  # where the first process says the same, torchrun ends this one here
             sentence = f"process {RANK}: {sentence}"

@@ -26,6 +26,7 @@ weights as they are ("raw") and of their moving average ("ema") the last and the
 raw-last.pt, raw-best.pt, ema-last.pt, ema-best.pt.
 """
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -36,7 +37,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -101,7 +101,9 @@ TABLE_2 = {
 @dataclass
 class Args(mirl.TrainingFlags):
     recipe: str = flag(
-        "quick", "sets every flag below that names a value by recipe", tuple(RECIPES)
+        "quick",
+        "values for the flags whose help lists one by recipe; a flag that you give wins",
+        tuple(RECIPES),
     )
     from_: str | None = flag(
         None,
@@ -232,12 +234,11 @@ def main(argv: list[str] | None = None) -> None:
         val_loader = validation_loader(args, val, config, device)
         mix = mixing(args, config.num_classes)
 
-        average = EMA(model, args.ema_decay) if args.ema_decay else None
-        models = {"raw": model} | ({"ema": average.module} if average else {})
+        average = copy.deepcopy(model) if args.ema_decay else None
+        models = {"raw": model} | ({"ema": average} if average else {})
         groups = mirl.parameter_groups(
             model, args.lr, args.weight_decay, layer_decay(args.layer_decay, config.depth)
         )
-        say(f"from {args.from_}")
         run = mirl.Run(model, args, groups, (0.9, 0.999), split, train, device, average)
         for epoch in run.epochs():
             batches = loader.epoch(epoch, mirl.shuffled(split, args.seed, epoch).tolist())
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
                 if last:
                     run.update()
                     if average:
-                        average.update_parameters(model)
+                        mirl.move_average(average, model, ema_decay(args.ema_decay, run.step))
             found = evaluate(list(models.values()), val_loader, run.dtype)
             scores = dict(zip(models, found, strict=True))
             for name, scored in models.items():
@@ -263,12 +264,11 @@ def main(argv: list[str] | None = None) -> None:
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             run.end_epoch(**record, corrupt_files=len(loader.corrupt | val_loader.corrupt))
         if mirl.RANK == 0:
-            kept = {run.out / f"{name}-best.pt": name for name in models}
-            saved = {path: mirl.load_file(path) for path in kept}
-            best = max(saved, key=lambda path: (saved[path]["top1"], str(path)))
+            bests = [(e[f"{n}_top1"], -e["epoch"], n) for e in run.history for n in models]
+            top1, epoch, name = max(bests)
             say(
-                f"done: the best model is {best}, top-1 {saved[best]['top1']:.2f} % after epoch "
-                f"{saved[best]['epoch']}"
+                f"done: the best model is {run.out / name}-best.pt, top-1 {top1:.2f} % after epoch "
+                f"{-epoch}"
             )
 
 
@@ -304,21 +304,10 @@ def layer_decay(decay: float, depth: int) -> Callable[[str], float]:
     return lambda name: decay ** (depth + 1 - layer_of(name, depth))
 
 
-class EMA(AveragedModel):
-    """A moving average of a model's parameters: call `update_parameters(model)` after every step.
-
-    At update t = 0, 1, … the decay is min(decay, (1 + t)/(10 + t)), to forget the start. [R]
-    torch's own update would wait for the device in every step.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model)
-        self.decay = decay
-
-    def update_parameters(self, model: nn.Module) -> None:
-        t = self.n_averaged.item()  # which lies on the CPU
-        mirl.move_average(self.module, model, keep=min(self.decay, (1 + t) / (10 + t)))
-        self.n_averaged += 1
+def ema_decay(decay: float, step: int) -> float:
+    """The moving average's decay after step 1, 2, …: min(decay, (1 + t)/(10 + t)) with
+    t = step − 1, to forget the start. [R]"""
+    return min(decay, step / (9 + step))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,7 +315,7 @@ class EMA(AveragedModel):
 # ------------------------------------------------------------------------------------------------
 
 
-def either_way(strength: float) -> float:
+def random_sign(strength: float) -> float:
     return strength if torch.rand(()) < 0.5 else -strength
 
 
@@ -344,18 +333,18 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "autocontrast": lambda x, s: TF.autocontrast(x),
     "equalize": lambda x, s: TF.equalize(x),
     "invert": lambda x, s: TF.invert(x),
-    "rotate": lambda x, s: move(x, angle=30 * either_way(s)),
+    "rotate": lambda x, s: move(x, angle=30 * random_sign(s)),
     "posterize": lambda x, s: TF.posterize(x, max(1, 4 - int(4 * s))),  # no bits would be black
-    "solarize": lambda x, s: torch.where(x >= 256 - int(256 * s), 255 - x, x),
+    "solarize": lambda x, s: torch.where(x.int() >= 256 - int(256 * s), 255 - x, x),
     "solarize_add": lambda x, s: torch.where(x < 128, x + int(110 * s), x),
-    "color": lambda x, s: TF.adjust_saturation(x, 1 + 0.9 * either_way(s)),
-    "contrast": lambda x, s: TF.adjust_contrast(x, 1 + 0.9 * either_way(s)),
-    "brightness": lambda x, s: TF.adjust_brightness(x, 1 + 0.9 * either_way(s)),
-    "sharpness": lambda x, s: TF.adjust_sharpness(x, 1 + 0.9 * either_way(s)),
-    "shear_x": lambda x, s: move(x, shear_x=0.3 * either_way(s)),
-    "shear_y": lambda x, s: move(x, shear_y=0.3 * either_way(s)),
-    "translate_x": lambda x, s: move(x, right=0.45 * either_way(s)),
-    "translate_y": lambda x, s: move(x, down=0.45 * either_way(s)),
+    "color": lambda x, s: TF.adjust_saturation(x, 1 + 0.9 * random_sign(s)),
+    "contrast": lambda x, s: TF.adjust_contrast(x, 1 + 0.9 * random_sign(s)),
+    "brightness": lambda x, s: TF.adjust_brightness(x, 1 + 0.9 * random_sign(s)),
+    "sharpness": lambda x, s: TF.adjust_sharpness(x, 1 + 0.9 * random_sign(s)),
+    "shear_x": lambda x, s: move(x, shear_x=0.3 * random_sign(s)),
+    "shear_y": lambda x, s: move(x, shear_y=0.3 * random_sign(s)),
+    "translate_x": lambda x, s: move(x, right=0.45 * random_sign(s)),
+    "translate_y": lambda x, s: move(x, down=0.45 * random_sign(s)),
 }
 
 
@@ -451,6 +440,8 @@ def new_model(args: Args, classes: int) -> mirl.ViT:
     resuming = args.resume and (Path(args.out) / "checkpoint.pt").exists()
     if args.from_ != "scratch" and not resuming:
         mirl.load_encoder(model, args.from_, args.truncated)
+    elif not resuming:
+        say("from scratch: all weights at random")
     return model
 
 
@@ -476,7 +467,7 @@ def device_limit(config: mirl.Config) -> int:
 def validation_loader(args: Args, data: mirl.Images, config: mirl.Config, device: torch.device):
     """Images as the validation sees them; the label of one that cannot be read is −1."""
     transform = mirl.whole_image(config.image_hw)
-    return mirl.Loader(data, transform, 0, device, args.workers, labelled=False)
+    return mirl.Loader(data, transform, 0, device, args.workers, keep_labels=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -495,7 +486,9 @@ def outputs(models: list[nn.Module], loader: mirl.Loader, dtype: torch.dtype):
     batches = mirl.in_order(len(loader.data.images), device_limit(models[0].config))
     for images, labels in loader.epoch(0, batches):
         with mirl.autocast(images.device, dtype):
-            out = [model.forward(images) for model in models]  # around torch.compile's shapes
+            out = [
+                model.forward(images) for model in models
+            ]  # not by __call__: torch.compile would compile for another batch
         yield [x.float() for x in out], labels
 
 

@@ -76,7 +76,9 @@ CROP_SCALE = (0.2, 1.0)  # share of the image's area in a random crop [R]
 @dataclass
 class Args(mirl.TrainingFlags):
     recipe: str = flag(
-        "quick", "sets every flag below that names a value by recipe", tuple(RECIPES)
+        "quick",
+        "values for the flags whose help lists one by recipe; a flag that you give wins",
+        tuple(RECIPES),
     )
     method: str = flag("mirl", "mirl, or mae: one segment and one plain decoder", ("mirl", "mae"))
     model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
@@ -343,7 +345,7 @@ def draw(model: mirl.MIRL, images: Tensor, args: Args, name: str) -> None:
         return
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.rand(len(images), model.config.num_patches, generator=generator)
-    # around torch.compile's shapes, and around objectives that need the other processes
+    # without torch.compile, for another batch size, and without terms that need other processes
     out = mirl.MIRL.forward(model, images, noise.to(images.device))
     pictures = mirl.panels(images, out, model.config.patch_size, args.picture_pair)
     pictures = pictures.flatten(0, 1).cpu()  # (8·5, C, H, W)
@@ -365,8 +367,8 @@ def plot(runs: tuple[str, ...], out: Path) -> None:
         path = Path(run) / "metrics.jsonl"
         require(path.exists(), f"--plot {run}: there is no {path}")
         config = json.loads((Path(run) / "config.json").read_text())
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        label = f"{Path(run).name} ({config['method']} {config['model']})"
+        lines = [json.loads(s) for s in path.read_text().splitlines() if s.endswith("}")]
+        label = f"{Path(run).name} ({config.get('method', 'fine-tuned')} {config['model']})"
         steps[label] = [line for line in lines if line["kind"] == "step"]
     out.mkdir(parents=True, exist_ok=True)
 

@@ -36,19 +36,17 @@ def pretrain(out, *flags):
     return run(train_pretrain, *TINY, "--out", out, *flags)
 
 
-def narrow_vgg16(**_):
-    """torchvision's VGG-16 with a sixteenth of the channels, and no classifier."""
-    widths = [width if width == "M" else width // 16 for width in vgg.cfgs["D"]]
-    return nn.Sequential(OrderedDict(features=vgg.make_layers(widths)))
+NARROW = [width if width == "M" else width // 16 for width in vgg.cfgs["D"]]
 
 
 @pytest.fixture
 def vgg_file(tmp_path, monkeypatch):
-    """VGG-16 with random weights."""
-    monkeypatch.setattr("torchvision.models.vgg16", narrow_vgg16)
+    """torchvision's VGG-16 with random weights and a sixteenth of the channels."""
+    monkeypatch.setitem(vgg.cfgs, "D", NARROW)
     torch.manual_seed(0)
     path = tmp_path / "vgg16.pth"
-    torch.save(narrow_vgg16().state_dict(), path)
+    net = nn.Sequential(OrderedDict(features=vgg.make_layers(NARROW)))
+    torch.save(net.state_dict(), path)
     return path
 
 
@@ -169,7 +167,8 @@ def test_one_image_has_no_negatives():
 
 
 def test_vgg_loss_against_a_plain_pass_through_torchvisions_vgg(vgg_file):
-    extractor, net = mirl.vgg_extractor(str(vgg_file)).double(), narrow_vgg16()
+    extractor = mirl.vgg_extractor(str(vgg_file)).double()
+    net = nn.Sequential(OrderedDict(features=vgg.make_layers(NARROW)))
     net.load_state_dict(mirl.load_file(vgg_file))
     torch.manual_seed(1)
     x, y = torch.randn(2, 2, 3, 32, 32).double()
