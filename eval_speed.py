@@ -75,8 +75,10 @@ def parse(argv: list[str] | None, doc: str | None = __doc__) -> Args:
     for size in args.batch_size or ():
         valid = size == "auto" or (size.isdecimal() and int(size) > 0)
         require(valid, f"--batch-size takes numbers from 1 on and auto, not {size}")
-    folder = Path(args.json or ".").parent
-    require(folder.is_dir(), f"--json: there is no folder {folder}")
+    if args.json:
+        folder = Path(args.json).parent
+        require(folder.is_dir(), f"--json: there is no folder {folder}")
+        require(not Path(args.json).is_dir(), f"--json {args.json} is a folder, not a file")
     return args
 
 

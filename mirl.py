@@ -177,9 +177,18 @@ layer_norm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """softmax(q kᵀ / √(D/h)) v in each head; q (B, n, D), k and v (B, m, D) -> (B, n, D)."""
+    """softmax(q kᵀ / √(D/h)) v in each head; q (B, n, D), k and v (B, m, D) -> (B, n, D).
+
+    torch's fused kernel does it. On CPUs that is slow in bfloat16; there it is written out, for a
+    few images at a time, so that the scores stay in the cache.
+    """
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))  # (B, h, ·, D/h)
-    x = F.scaled_dot_product_attention(q, k, v)  # (B, h, n, D/h)
+    if q.is_cpu and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        few = max(1, 2**20 // (heads * q.shape[2] * k.shape[2]))  # images whose scores fill 2 MB
+        parts = zip(*(x.split(few) for x in (q * q.shape[3] ** -0.5, k, v)), strict=True)
+        x = torch.cat([(q @ k.contiguous().mT).softmax(dim=3) @ v for q, k, v in parts])
+    else:
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, n, D/h)
     return rearrange(x, "b h n d -> b n (h d)")
 
 

@@ -265,9 +265,11 @@ def test_folders(tmp_path):
     write_images(tmp_path / "flat" / "other", 27)
     (tmp_path / "flat" / "notes.txt").write_text("not an image")
     write_images(tmp_path / "half" / "train" / "cat", 3)
-    for name, counts in (("flat", [58, 2]), ("half", [2, 1])):
+    every_fiftieth = (("flat", [58, 2], "other/017.png"), ("half", [2, 1], "cat/000.png"))
+    for name, counts, last in every_fiftieth:
         splits = [{x.name(i) for i in range(len(x.images))} for x in load(name)]
         assert [len(names) for names in splits] == counts and not set.intersection(*splits)
+        assert max(splits[1]).endswith(last)
 
 
 def test_folders_that_cannot_be_used(tmp_path):

@@ -137,6 +137,9 @@ def test_attention_in_loops(dtype, error):
         weights = [math.exp(score - max(scores)) for score in scores]
         mean = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
         assert (out[b, n, mine].double() - mean).abs().max() < error * values.abs().max()
+    q, k, v = torch.randn(3, 3, 600, 12, generator=generator)  # many scores: image by image
+    out = mirl.attention(q.to(dtype), k.to(dtype), v.to(dtype), heads=3)
+    assert (out.float() - mirl.attention(q, k, v, heads=3)).abs().max() < error
 
 
 @pytest.mark.parametrize("cross", [False, True])
