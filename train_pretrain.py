@@ -295,7 +295,8 @@ class PretrainLoader:
 def random_crops(images: Tensor, size: tuple[int, int]) -> Tensor:
     """torchvision's RandomResizedCrop and RandomHorizontalFlip, for a batch on its device.
 
-    images: uint8 (B, C, H, W). Returns float32 (B, C, *size) in 0..255.
+    images: uint8 (B, C, H, W), which it enlarges rather than shrinks: nothing is antialiased.
+    Returns float32 (B, C, *size) in 0..255.
     """
     (B, C, H, W), device = images.shape, images.device
     top, left, height, width = random_boxes(B, H, W, device).unbind(dim=1)  # (B,) each

@@ -1,5 +1,6 @@
 """Fine-tuning: RandAug, layer decay, the moving average, loading, and train_finetune.py."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -82,7 +83,7 @@ NO_STRENGTH = ("autocontrast", "equalize", "invert")
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_every_operation_grows_with_its_strength_at_every_size(name, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(train_finetune, "either_way", lambda strength: strength)
+    monkeypatch.setattr(train_finetune, "random_sign", lambda strength: strength)
     for hw in ((1, 1), (33, 17), (20, 1), (32, 32)):
         image = torch.randint(256, (3, *hw), dtype=torch.uint8)
         for strength in (0.0, 0.05, 0.5, 0.999, 1.0):
@@ -100,7 +101,7 @@ def test_every_operation_grows_with_its_strength_at_every_size(name, monkeypatch
 def test_operations_against_those_of_pil(monkeypatch, strength):
     torch.manual_seed(0)
     s = abs(strength)
-    monkeypatch.setattr(train_finetune, "either_way", lambda _: strength)
+    monkeypatch.setattr(train_finetune, "random_sign", lambda _: strength)
     pil = dict(
         autocontrast=ImageOps.autocontrast,
         equalize=ImageOps.equalize,
@@ -225,17 +226,18 @@ def test_layer_decay_of_every_parameter():
     assert len(rates) == len(list(model.parameters()))
 
 
-def test_the_moving_average_follows_its_formula():
-    model = nn.Linear(2, 1)
-    average = train_finetune.EMA(model, 0.3)
-    expected = model.weight.detach().clone()
-    for t in range(8):
-        with torch.no_grad():
-            model.weight.normal_()
-        average.update_parameters(model)
-        decay = min(0.3, (1 + t) / (10 + t))
-        expected = decay * expected + (1 - decay) * model.weight.detach()
-        torch.testing.assert_close(average.module.weight, expected)
+def test_the_moving_average_follows_its_formula(tmp_path):
+    """decay(t) = min(decay, (1 + t)/(10 + t)) for t = 0, 1, …, the first of them in a run."""
+    for t in range(30):
+        assert train_finetune.ema_decay(0.5, t + 1) == min(0.5, (1 + t) / (10 + t))
+    start = vit(num_classes=16)
+    path, out = stored(tmp_path / "a.pth", start.state_dict()), tmp_path / "run"
+    once = ["--batch-size", 32, "--epochs", 1, "--warmup-epochs", 1, "--ema-decay", 0.5]
+    assert finetune("--from", path, "--out", out, *once) == 0
+    raw, ema = (mirl.load_file(out / f"{name}-last.pt")["model"] for name in ("raw", "ema"))
+    for name, p in start.named_parameters():
+        assert not torch.equal(raw[name], p), name
+        torch.testing.assert_close(ema[name], 0.1 * p.detach() + 0.9 * raw[name])
 
 
 # -- loading --
@@ -516,13 +518,13 @@ def test_a_step_reads_nothing_from_the_device():
     args = train_finetune.parse(["--recipe", "cifar10", "--from", "scratch", "--erasing", "0.5"])
     mix = train_finetune.mixing(args, 16)
     model = mirl.build_vit("vit_nano", num_classes=16, drop_path=0.1).to("meta")
-    average = train_finetune.EMA(model, 0.99)
+    average = copy.deepcopy(model)
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="meta")
     labels = torch.zeros(4, dtype=torch.int64, device="meta")
     for _ in range(6):  # mixup and cutmix both
         mixed, targets = mix(mirl.normalise_images(images), labels)
         train_finetune.loss_function(model(mixed), targets, 0.1).backward()
-        average.update_parameters(model)
+        mirl.move_average(average, model, 0.99)
     sums = train_finetune.score(model(mirl.normalise_images(images)), labels)
     with pytest.raises(RuntimeError):
         sums.sum().item()
@@ -561,7 +563,7 @@ def test_what_cannot_be_read_does_not_count_in_an_evaluation(tmp_path, capsys):
     epochs = metrics(tmp_path / "run", "epoch")
     assert [m["raw_val_images"] for m in epochs] == [32, 32]
     assert epochs[-1]["corrupt_files"] == 2
-    assert capsys.readouterr().out.count("cannot be read and is skipped") == 2
+    assert capsys.readouterr().out.count("cannot be read: another image is in its place") == 2
 
 
 def test_images_without_labels_are_refused(tmp_path, capsys):
