@@ -1042,7 +1042,8 @@ def load_folder(root: Path, split: str) -> Images:
     # make_dataset finds the images of a class's folder at any depth, in order: here of the whole
     found = make_dataset(folder, {".": 0}, IMG_EXTENSIONS, allow_empty=True)
     require(found, f"--data {root}: {folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
-    names = [os.path.relpath(path, folder) for path, _ in found]
+    prefix = os.path.join(folder, ".", "")
+    names = [path.removeprefix(prefix) for path, _ in found]
     if not has_splits:
         if len(names) > 1:
             names = [n for i, n in enumerate(names) if (i % 50 == 0) == (split == "val")]

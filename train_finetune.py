@@ -425,6 +425,8 @@ def labelled(args: Args, split: str) -> mirl.Images:
             f"warning: {left} of the {split} images are in no folder of a class in train/: left out"
         )
     wanted = dict(train=args.train_images, val=args.val_images)[split]
+    if wanted is None and not left:
+        return data
     if wanted is not None:
         require(wanted <= len(keep), f"--{split}-images {wanted}: there are {len(keep)}")
         seed = mirl.seed_of("images", args.seed if split == "train" else 0)
