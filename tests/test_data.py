@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from conftest import CPU, write_images
 from PIL import Image
@@ -46,33 +45,6 @@ def test_shapes_have_hardly_a_flat_patch():
     patches = mirl.patchify(make_shapes(500, 0).images.float(), 4)
     gray_levels = patches.unflatten(2, (16, 3)).std(dim=2).amax(dim=2)  # of the liveliest channel
     assert (gray_levels < 1).float().mean() < 0.02
-
-
-@pytest.mark.slow
-def test_a_small_cnn_learns_the_shapes():
-    """90 % validation accuracy from 4,000 labelled images, within a minute on two cores."""
-
-    def conv(i, o, stride=1):
-        layers = nn.Conv2d(i, o, 3, stride, padding=1), nn.BatchNorm2d(o), nn.ReLU()
-        return nn.Sequential(*layers)
-
-    torch.manual_seed(0)
-    body = conv(3, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2), conv(128, 128)
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 16)
-    net = nn.Sequential(*body, *head)
-    train, val = make_shapes(4000, 0), make_shapes(1000, 1)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=9 * 62)
-    for _ in range(9):
-        for batch in torch.randperm(4000)[: 62 * 64].view(62, 64):
-            x = mirl.normalise_images(train.images[batch])
-            F.cross_entropy(net(x), train.labels[batch]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    with torch.no_grad():
-        predicted = net.eval()(mirl.normalise_images(val.images)).argmax(1)
-    assert (predicted == val.labels).float().mean() > 0.9
 
 
 # -- cropping --
