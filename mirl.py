@@ -1542,6 +1542,7 @@ def processes(device_flag: str):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     yield device
     if dist.is_initialized():  # after an error the others may never come to this
+        dist.barrier()  # gloo can hang where another process is gone already
         dist.destroy_process_group()
 
 
