@@ -339,8 +339,8 @@ class ViT(nn.Module):
             yield x
 
     def forward(self, images: Tensor) -> Tensor:
-        for x in self.each_block(images):  # noqa: B007
-            pass
+        for tokens in self.each_block(images):
+            x = tokens  # in the end those of the last block
         if self.config.pool == "none":
             return self.norm(x)  # (B, 1+N, D)
         mean = self.config.pool == "mean"
@@ -936,9 +936,12 @@ class Images(NamedTuple):
         return self._replace(images=chosen, labels=self.labels[indices])
 
     def digest(self) -> str:
-        """The same for the same data, wherever they lie: of the pixels, or of the files' names."""
-        content = self.images.numpy().tobytes() if self.in_memory else self.images.text
-        return hashlib.sha256(content + self.labels.numpy().tobytes()).hexdigest()
+        """The same for the same data, wherever they lie: of the pixels or the files' names, the
+        labels and the classes."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        digest.update(self.labels.numpy())
+        digest.update(self.images.numpy() if self.in_memory else self.images.text)
+        return digest.hexdigest()
 
 
 def make_shapes(count: int, seed: int) -> Images:
@@ -1033,6 +1036,7 @@ def load_data(name: str, data_dir: str, split: str) -> Images:
 
 
 def load_folder(root: Path, split: str) -> Images:
+    """The image files of a folder, as `load_data` says."""
     require(
         root.is_dir(),
         f"--data {root}: there is no such folder (and the names are shapes, cifar10, cifar100)",
@@ -1254,15 +1258,10 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine"
 
 
 # These flags may differ on a resume. Any other would make the steps done those of another run.
-RESUME_MAY_CHANGE = {"resume", "out", "recipe", "data", "data_dir", "from_", "device", "dtype"}
-RESUME_MAY_CHANGE |= {"device_batch_size", "compile", "workers", "log_every", "tensorboard"}
-RESUME_MAY_CHANGE |= {
-    "picture_every",
-    "picture_pair",
-    "log_grad_norms",
-    "truncated",
-    "vgg_checkpoint",
-}
+RESUME_MAY_CHANGE = {"resume", "out", "recipe", "data", "data_dir", "from_", "truncated"}
+RESUME_MAY_CHANGE |= {"device", "dtype", "device_batch_size", "compile", "workers", "log_every"}
+RESUME_MAY_CHANGE |= {"tensorboard", "log_grad_norms", "picture_every", "picture_pair"}
+RESUME_MAY_CHANGE |= {"vgg_checkpoint"}
 
 
 class Run:
@@ -1307,10 +1306,10 @@ class Run:
         # what a checkpoint holds the state of, and what must be the same on a resume
         self.parts = dict(model=model, optimizer=self.optimizer, scheduler=self.scheduler)
         self.parts |= dict(scaler=self.scaler) | (dict(average=average) if average else {})
-        self.same = dict(
+        self.must_match = dict(
             config=dataclasses.asdict(model.config),
             args={k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE},
-            data=dict(images=split.images, classes=data.classes, digest=data.digest()[:16]),
+            data=dict(images=split.images, digest=data.digest()[:16]),
         )
         self.epoch = 0  # epochs done; while one runs, its number from 1
         self.written = 0  # bytes of metrics.jsonl at the checkpoint
@@ -1331,7 +1330,7 @@ class Run:
         """Take up the checkpoint."""
         saved = load_file(self.checkpoint)
         try:
-            for what, new in self.same.items():
+            for what, new in self.must_match.items():
                 old = {k: v for k, v in saved[what].items() if k in new}
                 changed = [
                     f"{k} {v!s:.60} -> {new[k]!s:.60}" for k, v in old.items() if v != new[k]
@@ -1364,7 +1363,7 @@ class Run:
             processes=WORLD_SIZE,
             device_batch_size=split.device_batch_size,
             accumulation=split.accumulation,
-            model_config=self.same["config"],
+            model_config=self.must_match["config"],
         )
         text = json.dumps(settings, indent=2) + "\n"
         self.out.mkdir(parents=True, exist_ok=True)
@@ -1498,7 +1497,7 @@ class Run:
         self.history.append(self.record)
         self.write("epoch", self.record)
         if RANK == 0:
-            state = {name: part.state_dict() for name, part in self.parts.items()} | self.same
+            state = {name: part.state_dict() for name, part in self.parts.items()} | self.must_match
             state |= dict(epoch=self.epoch, step=self.step, history=self.history)
             state |= dict(classes=self.classes, written=self.metrics.stat().st_size)
             save(self.checkpoint, functools.partial(torch.save, state))
