@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
                     out = run.model(images)
                 run.scaler.scale(out.loss / split.accumulation).backward()
                 losses = {f"loss_{g}": loss for g, loss in enumerate(out.losses, start=1)}
-                run.note(loss=out.loss, **losses, **out.terms)
+                run.note(loss=out.loss, **losses, **residual_shares(out), **out.terms)
                 del out  # its predictions, before the next ones are made
                 if last:
                     run.update(lambda: gradient_norms(model.encoder) if args.log_grad_norms else {})
@@ -239,6 +239,14 @@ def momentum(epoch: float, epochs: int) -> float:
     if epoch < 100:
         return 0.999 + 0.0009 * epoch / 100
     return 0.9999 + 0.00009 * (epoch - 100) / max(1, epochs - 100)
+
+
+@torch.no_grad()
+def residual_shares(out: mirl.MIRLOutput) -> dict[str, Tensor]:
+    """Of each pair's prediction p = x̂ + ξ̂, what the residual carries: ξ̂·p / p·p; x̂ has the rest."""
+    pairs = zip(out.residual, out.reconstruction)  # MAE has no residual
+    flat = [(xi.flatten(), p.flatten()) for xi, p in pairs]
+    return {f"residual_share_{g}": xi.dot(p) / p.dot(p) for g, (xi, p) in enumerate(flat, start=1)}
 
 
 def gradient_norms(vit: mirl.ViT) -> dict[str, Tensor]:

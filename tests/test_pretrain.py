@@ -121,6 +121,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys, method):
     assert epochs[0]["loss"] == pytest.approx((steps[0]["loss"] + steps[1]["loss"]) / 2)
     names = {"lr", "grad_norm", "images_per_second", "input_wait", "loss", "loss_1"}
     assert names <= set(steps[0])
+    assert ("residual_share_1" in epochs[0]) == (method == "mirl")
     assert steps[3]["lr"] == pytest.approx(8e-3 * 8 / 256 * mirl.lr_factor(7, 8, 4))
     saved = json.loads((out / "config.json").read_text())
     assert saved["device_batch_size"] == 8 and saved["dtype"] == "float32"
@@ -137,6 +138,15 @@ def test_a_run_from_end_to_end(tmp_path, capsys, method):
         with Image.open(out / name) as picture:
             assert picture.size == (5 * 100 + 4, 8 * 100 + 4)
     assert not list(out.glob("*tmp*"))
+
+
+def test_shares_of_the_residual():
+    model = mirl.build_mirl("vit_pico_12")
+    out = model(torch.randn(3, 3, 32, 32))
+    for g, share in enumerate(train_pretrain.residual_shares(out).values()):
+        x, xi = out.main[g].detach().double(), out.residual[g].detach().double()
+        assert share.item() == pytest.approx((xi * (x + xi)).sum() / (x + xi).square().sum(), 1e-4)
+    assert g == 1
 
 
 def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
@@ -492,6 +502,7 @@ def test_a_step_reads_nothing_from_the_device(overrides):
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
     train_pretrain.gradient_norms(model.encoder)
+    train_pretrain.residual_shares(out)
     with pytest.raises(RuntimeError):
         out.loss.item()
 
