@@ -145,7 +145,8 @@ def test_shares_of_the_residual():
     out = model(torch.randn(3, 3, 32, 32))
     for g, share in enumerate(train_pretrain.residual_shares(out).values()):
         x, xi = out.main[g].detach().double(), out.residual[g].detach().double()
-        assert share.item() == pytest.approx((xi * (x + xi)).sum() / (x + xi).square().sum(), 1e-4)
+        expected = (xi * (x + xi)).sum() / (x + xi).square().sum()
+        assert share.item() == pytest.approx(expected.item(), 1e-4)
     assert g == 1
 
 
