@@ -40,11 +40,12 @@ import sys
 import time
 import typing
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -879,28 +880,16 @@ SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("stripes", "checks", "dots", "rings")
 
 
-class Names:
-    """File names in one block of bytes, which forked worker processes share. Each of them would
-    end up with a copy of a list of strings, because Python counts references inside every string.
-    """
-
-    def __init__(self, names: Iterable[str]):
-        encoded = [os.fsencode(name) for name in names]
-        self.text = b"".join(encoded)
-        self.ends = torch.tensor([0, *itertools.accumulate(map(len, encoded))])
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, i: int) -> str:
-        start, end = self.ends[i : i + 2].tolist()
-        return os.fsdecode(self.text[start:end])
+def file_names(names: list[str]) -> np.ndarray:
+    """Names as bytes in one array, which forked worker processes share. Each would end up with a
+    copy of a list of strings, because Python counts references inside every string."""
+    return np.array([os.fsencode(name) for name in names])
 
 
 class Images(NamedTuple):
     """A data set, in memory or in files."""
 
-    images: Tensor | Names  # uint8 (n, C, H, W), or names of files below `root`
+    images: Tensor | np.ndarray  # uint8 (n, C, H, W), or `file_names` below `root`, bytes (n,)
     labels: Tensor  # int64 (n,), −1 where there is none
     classes: list[str]  # empty where there are no labels
     root: str = ""
@@ -910,7 +899,9 @@ class Images(NamedTuple):
         return isinstance(self.images, Tensor)
 
     def name(self, i: int) -> str:
-        return f"image {i}" if self.in_memory else os.path.join(self.root, self.images[i])
+        if self.in_memory:
+            return f"image {i}"
+        return os.path.join(self.root, os.fsdecode(self.images[i]))
 
     def read(self, i: int) -> Tensor | None:
         """Image i, uint8 (3, h, w); None where it cannot be read."""
@@ -929,18 +920,14 @@ class Images(NamedTuple):
 
     def select(self, indices: Tensor) -> "Images":
         """The images with these indices, int64 (m,)."""
-        if self.in_memory:
-            chosen = self.images[indices]
-        else:
-            chosen = Names(self.images[i] for i in indices.tolist())
-        return self._replace(images=chosen, labels=self.labels[indices])
+        return self._replace(images=self.images[indices.numpy()], labels=self.labels[indices])
 
     def digest(self) -> str:
         """The same for the same data, wherever they lie: of the pixels or the files' names, the
         labels and the classes."""
         digest = hashlib.sha256(repr(self.classes).encode())
         digest.update(self.labels.numpy())
-        digest.update(self.images.numpy() if self.in_memory else self.images.text)
+        digest.update(self.images.numpy() if self.in_memory else b"".join(self.images))
         return digest.hexdigest()
 
 
@@ -1048,16 +1035,14 @@ def load_folder(root: Path, split: str) -> Images:
     require(found, f"--data {root}: {folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
     prefix = os.path.join(folder, ".", "")
     names = [path.removeprefix(prefix) for path, _ in found]
-    if not has_splits:
-        if len(names) > 1:
-            names = [n for i, n in enumerate(names) if (i % 50 == 0) == (split == "val")]
-        return Images(Names(names), torch.full((len(names),), -1), [], str(folder))
+    if not has_splits and len(names) > 1:
+        names = [n for i, n in enumerate(names) if (i % 50 == 0) == (split == "val")]
     try:
-        classes, index = find_classes(root / "train")
+        classes, index = find_classes(root / "train") if has_splits else ([], {})
     except FileNotFoundError:  # images right in train/, without classes
         classes, index = [], {}
-    labels = [index.get(name.split(os.sep)[0], -1) for name in names]
-    return Images(Names(names), torch.tensor(labels), classes, str(folder))
+    labels = torch.tensor([index.get(name.split(os.sep)[0], -1) for name in names])
+    return Images(file_names(names), labels, classes, str(folder))
 
 
 def seed_of(purpose: str, *parts: int) -> int:
@@ -1887,10 +1872,14 @@ def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[s
             raise UserError(f"{message} (see --help)")
 
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def name_of(f: dataclasses.Field) -> str:
+        return "--" + f.name.strip("_").replace("_", "-")
+
     hints = typing.get_type_hints(cls)
     own_first = sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__)
     for f in own_first:
-        help, choices, limits = (f.metadata[k] for k in ("help", "choices", "limits"))
+        help, choices = f.metadata["help"], f.metadata["choices"]
         by_recipe = [f"{r} {v[f.name]}" for r, v in recipes.items() if f.name in v]
         if by_recipe:
             help += f"; {', '.join(by_recipe)}"
@@ -1906,34 +1895,25 @@ def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[s
             options["choices"] = choices
         else:
             kind = next(kind for kind in (int, float, str) if kind in kinds)
-            options |= dict(type=within(kind, **limits), metavar=kind.__name__.upper())
-        parser.add_argument("--" + f.name.strip("_").replace("_", "-"), **options)
+            options |= dict(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(name_of(f), **options)
     if recipes:
         parser.set_defaults(**recipes[parser.parse_known_args(argv)[0].recipe])
-    return cls(**vars(parser.parse_args(argv)))
+    args = cls(**vars(parser.parse_args(argv)))
+    for f in dataclasses.fields(cls):
+        check_flag(name_of(f), getattr(args, f.name), **f.metadata["limits"])
+    return args
 
 
-def within(kind: type, low=-math.inf, above=-math.inf, high=math.inf) -> Callable[[str], Any]:
-    """The argparse type of an int, float or non-empty str within limits."""
-
-    def convert(text: str):
-        value = kind(text)
-        if kind is str:
-            problem = None if text else "must not be empty"
-        elif not math.isfinite(value) or abs(value) >= 2**63:
-            problem = "must be finite"
-        elif value < low:
-            problem = f"must be at least {low}"
-        elif value <= above:
-            problem = f"must be greater than {above}"
-        else:
-            problem = f"must be at most {high}" if value > high else None
-        if problem:
-            raise argparse.ArgumentTypeError(f"{problem}, not {text or 'empty'}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse: "invalid int value"
-    return convert
+def check_flag(flag: str, value: Any, low=-math.inf, above=-math.inf, high=math.inf) -> None:
+    """Raises UserError where a number is not within the limits, or a text is empty."""
+    require(value != "", f"{flag} must not be empty")
+    if isinstance(value, int | float):
+        finite = math.isfinite(value) and abs(value) < 2**63
+        require(finite, f"{flag} must be finite, not {value}")
+        require(value >= low, f"{flag} must be at least {low}, not {value}")
+        require(value > above, f"{flag} must be greater than {above}, not {value}")
+        require(value <= high, f"{flag} must be at most {high}, not {value}")
 
 
 def say(text: str) -> None:

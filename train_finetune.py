@@ -43,50 +43,21 @@ from torchvision.transforms.v2 import functional as TF
 import mirl
 from mirl import UserError, flag, require, say
 
+# fmt: off
 # Everything that a recipe sets; the flags override it.
 RECIPES = {
     # the embedded data set with few labels, in minutes on a laptop
-    "quick": dict(
-        model="vit_nano",
-        data="shapes",
-        epochs=40,
-        warmup_epochs=4,
-        batch_size=32,
-        base_lr=8e-3,
-        layer_decay=0.75,
-        drop_path=0.0,
-        randaug=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        ema_decay=0.99,
-    ),
-    "cifar10": dict(
-        model="vit_ti",
-        data="cifar10",
-        epochs=100,
-        warmup_epochs=5,
-        batch_size=512,
-        base_lr=1e-3,
-        layer_decay=0.75,
-        drop_path=0.1,
-        randaug=9.0,
-        mixup=0.8,
-        cutmix=1.0,
-        ema_decay=0.9998,
-    ),
+    "quick": dict(model="vit_nano", data="shapes", epochs=40, warmup_epochs=4, batch_size=32,
+                  base_lr=8e-3, layer_decay=0.75, drop_path=0.0, randaug=0.0, mixup=0.0,
+                  cutmix=0.0, ema_decay=0.99),
+    "cifar10": dict(model="vit_ti", data="cifar10", epochs=100, warmup_epochs=5, batch_size=512,
+                    base_lr=1e-3, layer_decay=0.75, drop_path=0.1, randaug=9.0, mixup=0.8,
+                    cutmix=1.0, ema_decay=0.9998),
     # [S A.1, Table 2]; what differs between the models is in TABLE_2
-    "imagenet": dict(
-        model="vit_b",
-        data="data/imagenet",
-        warmup_epochs=20,
-        batch_size=2048,
-        base_lr=7.5e-4,
-        randaug=9.0,
-        mixup=0.8,
-        cutmix=1.0,
-        ema_decay=0.9998,
-    ),
+    "imagenet": dict(model="vit_b", data="data/imagenet", warmup_epochs=20, batch_size=2048,
+                     base_lr=7.5e-4, randaug=9.0, mixup=0.8, cutmix=1.0, ema_decay=0.9998),
 }
+# fmt: on
 
 # What the imagenet recipe sets by model; ViT-B's for a model that is not in the table.
 TABLE_2 = {
@@ -534,7 +505,7 @@ def predict(args: Args, device: torch.device) -> None:
     for path in args.predict:
         require(Path(path).is_file(), f"--predict: there is no file {path}")
     for path in args.predict:
-        data = mirl.Images(mirl.Names([path]), torch.tensor([0]), classes)
+        data = mirl.Images(mirl.file_names([path]), torch.tensor([0]), classes)
         images = mirl.fixed_images(data, model.config.image_hw, 1).to(device)
         probabilities = model(images)[0].softmax(dim=0)
         top = probabilities.topk(min(5, len(classes)))

@@ -36,39 +36,19 @@ from torchvision.utils import make_grid, save_image
 import mirl
 from mirl import flag, require, say
 
+# fmt: off
 # Everything that a recipe sets; the flags override it.
 RECIPES = {
     # the embedded data set, in minutes on a laptop
-    "quick": dict(
-        model="vit_nano",
-        data="shapes",
-        epochs=12,
-        warmup_epochs=1,
-        batch_size=64,
-        base_lr=8e-3,
-        picture_every=4,
-    ),
-    "cifar10": dict(
-        model="vit_ti",
-        data="cifar10",
-        epochs=200,
-        warmup_epochs=10,
-        batch_size=512,
-        base_lr=5e-4,
-        picture_every=20,
-    ),
+    "quick": dict(model="vit_nano", data="shapes", epochs=12, warmup_epochs=1, batch_size=64,
+                  base_lr=8e-3, picture_every=4),
+    "cifar10": dict(model="vit_ti", data="cifar10", epochs=200, warmup_epochs=10, batch_size=512,
+                    base_lr=5e-4, picture_every=20),
     # [S A.1, Table 1]
-    "imagenet": dict(
-        model="vit_b",
-        data="data/imagenet",
-        epochs=300,
-        warmup_epochs=20,
-        batch_size=4096,
-        base_lr=1.5e-4,
-        picture_every=20,
-    ),
+    "imagenet": dict(model="vit_b", data="data/imagenet", epochs=300, warmup_epochs=20,
+                     batch_size=4096, base_lr=1.5e-4, picture_every=20),
 }
-
+# fmt: on
 
 CROP_SCALE = (0.2, 1.0)  # share of the image's area in a random crop [R]
 
