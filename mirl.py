@@ -1330,8 +1330,8 @@ class Run:
                     part.load_state_dict(saved[name])
             self.epoch, self.written = saved["epoch"], saved["written"]
             self.history = saved["history"]
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            if out_of_memory(error):
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            if out_of_memory(error) or isinstance(error, UserError):
                 raise
             raise UserError(
                 f"--resume: {self.checkpoint} is damaged or no checkpoint of this script: move it "

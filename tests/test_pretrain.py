@@ -357,12 +357,15 @@ def test_a_run_is_never_overwritten(tmp_path, capsys, monkeypatch):
         patch.setattr(mirl, "make_shapes", lambda count, seed: fewer)
         assert pretrain("--out", out, "--resume") == 2
     assert "has another data: images 33 -> 32, digest" in capsys.readouterr().err
+    saved = mirl.load_file(out / "checkpoint.pt")
     (out / "checkpoint.pt").write_bytes(b"torn")
     before["checkpoint.pt"] = b"torn"
     assert pretrain("--out", out, "--resume") == 2
     assert "is not a checkpoint that can be read safely" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    for wrong, sentence in (({}, "damaged or no checkpoint of this script"), ([1], "holds a list")):
+    no_groups = saved | dict(optimizer=dict(state={}, param_groups=[]))
+    damaged = "damaged or no checkpoint of this script"
+    for wrong, sentence in (({}, damaged), (no_groups, damaged), ([1], "holds a list")):
         torch.save(wrong, out / "checkpoint.pt")
         assert pretrain("--out", out, "--resume") == 2
         assert sentence in capsys.readouterr().err
