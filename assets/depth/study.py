@@ -199,6 +199,26 @@ def draw(table: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_lesson(table: dict, path: Path, depth: int = 24) -> None:
+    """The study in one look: features after every block, MAE beside MIRL, mean and seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for method in ("mirl", "mae"):
+        (label, colour), blocks = METHODS[method], range(1, depth + 1)
+        seeds = table.get((method, depth, False), {}).get("blocks", [])
+        for seen in seeds:
+            axes.plot(blocks, seen, color=colour, linewidth=0.8, alpha=0.5)
+        mean = [statistics.fmean(after) for after in zip(*seeds, strict=True)]
+        axes.plot(blocks[: len(mean)], mean, color=colour, linewidth=2.5, label=label)
+    axes.set(xlabel=f"after block, of {depth}", ylabel="nearest neighbours, top-1, %")
+    axes.set(xlim=(1, depth))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -241,6 +261,7 @@ def main() -> None:
     table = summary(results)
     print(markdown(table))
     draw(table, args.out / "depth.png")
+    draw_lesson(table, args.out / "lesson.png")
 
 
 if __name__ == "__main__":
