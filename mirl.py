@@ -812,7 +812,7 @@ class Pyramid(nn.Module):
         P, (H, W) = self.vit.config.patch_size, images.shape[2:]
         require(
             min(H, W) >= 32 and H % P == W % P == 0,
-            f"images of {H}x{W} must divide into patches of {P} and have sides of at least 32 pixels",
+            f"images of {H}x{W} must divide into patches of {P}, with sides of at least 32 pixels",
         )
         h, w = H // P, W // P
         x = self.vit.embed(patchify(images, P), table=self.positions((h, w)))  # (B, 1+N, D)
