@@ -853,8 +853,8 @@ class UperNet(nn.Module):
         self.smooth = nn.ModuleList(conv(d, d, 3) for _ in range(3))
         self.fuse = conv(4 * d, d, 3)
         self.head = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(d, num_classes, 1))
-        few = min(256, d)
-        self.aux = nn.Sequential(conv(D, few, 3), nn.Dropout2d(0.1), nn.Conv2d(few, num_classes, 1))
+        a = min(256, d)
+        self.aux = nn.Sequential(conv(D, a, 3), nn.Dropout2d(0.1), nn.Conv2d(a, num_classes, 1))
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
         require(
@@ -936,7 +936,6 @@ def mask_rcnn(
     `anchor` strides. Encoder and FPN run under autocast to `dtype`, all else in float32. Heads of
     another width are narrowed in proportion. more: torchvision's other arguments.
     """
-    predictor = detection.mask_rcnn.MaskRCNNPredictor(width, width, num_classes)
     model = FullPrecisionMaskRCNN(
         FeaturePyramid(vit, width, dtype),
         min_size=sizes,
@@ -949,7 +948,7 @@ def mask_rcnn(
         box_head=detection.faster_rcnn.TwoMLPHead(width * 7**2, 4 * width),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
         mask_head=detection.mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
-        mask_predictor=predictor,
+        mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, num_classes),
         **more,
     )
     model.config = vit.config
