@@ -764,10 +764,10 @@ class Pyramid(nn.Module):
     """The plain ViT as a backbone: images (B, C, H, W) -> four maps (B, D, H/4, W/4), …,
     (B, D, H/32, W/32), un-normed, from the blocks at 1/3, 1/2, 2/3 and all of the depth.
 
-    H and W are at least 32 and divide into patches. Whatever the patch, 16, 8 or 4 pixels, the maps
-    are brought to the strides 4, 8, 16 and 32 by transposed convolutions or max pooling, as BEiT
-    does it. vit: with the pool "none"; it loses its norm, which no map passes. Raises UserError for
-    another patch, pool or size.
+    H and W are at least 32 and divide into patches of 16, 8 or 4 pixels. Transposed convolutions or
+    max pooling, which drops what is left over, bring the maps to the strides 4, 8, 16 and 32, as in
+    BEiT. vit: with the pool "none"; it loses its norm, which no map passes. Raises UserError for
+    another patch, pool or size, or fewer than 6 blocks.
     """
 
     def __init__(self, vit: ViT):
@@ -802,11 +802,11 @@ class Pyramid(nn.Module):
         if grid == own:
             return table
         side = 32 * math.ceil(max(*grid, *own) / 32)  # few tables serve all sizes
-        square = square_positions(table.shape[2], side, table.device)
-        there, here = (square[:h, :w].flatten(0, 1) for h, w in (own, grid))  # (N, D) each
-        fixed = torch.isclose(table[0, 1:], there.to(table), atol=1e-4).all()
-        fresh = F.pad(here, (0, 0, 1, 0))[None].to(table)
-        return torch.where(fixed, fresh, resize_positions(table, own, grid))
+        square = square_positions(table.shape[2], side, table.device).to(table.dtype)
+        old, new = (square[:h, :w].flatten(0, 1) for h, w in (own, grid))  # (N, D) each
+        fixed = torch.isclose(table[0, 1:], old, atol=1e-4).all()
+        new = F.pad(new, (0, 0, 1, 0))[None]  # (1, 1+N, D), with a zero row for the class token
+        return torch.where(fixed, new, resize_positions(table, own, grid))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         P, (H, W) = self.vit.config.patch_size, images.shape[2:]
@@ -824,9 +824,8 @@ class Pyramid(nn.Module):
         return [rescale(x) for rescale, x in zip(self.rescale, maps)]
 
 
-def resize_maps(x: Tensor, size: Iterable[int]) -> Tensor:
-    """(B, D, h, w) -> (B, D, *size), bilinear."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+# (B, D, h, w) and a size -> (B, D, *size)
+resize_maps = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
 class UperNet(nn.Module):
@@ -933,8 +932,9 @@ def mask_rcnn(
     that torchvision describes, and returns its losses or detections. num_classes counts the
     background, class 0, as torchvision does. An image's short side becomes one of `sizes`, drawn in
     training and the last in evaluation, the long side at most `longest`. Anchors have sides of
-    `anchor` strides. Encoder and FPN run under autocast to `dtype`, all else in float32. Heads of
-    another width are narrowed in proportion. more: torchvision's other arguments.
+    `anchor` strides; in images of 64 pixels 8 of them, 32 pixels, are too many for most objects,
+    and 4 do. Encoder and FPN run under autocast to `dtype`, all else in float32. Heads of another
+    width are narrowed in proportion. more: torchvision's other arguments.
     """
     model = FullPrecisionMaskRCNN(
         FeaturePyramid(vit, width, dtype),

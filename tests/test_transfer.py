@@ -165,7 +165,7 @@ def test_parameters_of_the_papers_models(name, segment, detect):
 
 def test_at_full_width_mask_rcnn_is_torchvisions():
     """Losses and detections are those of its own class where nothing but the backbone is given."""
-    few = FEW | dict(rpn_pre_nms_top_n_test=50, rpn_post_nms_top_n_test=20)
+    few = FEW | dict(box_detections_per_img=5)
     ours = mirl.mask_rcnn(vit(patch_size=16), 5, sizes=(64,), **few)
     backbone = mirl.FeaturePyramid(vit(patch_size=16), 256, torch.float32)
     plain = dict(image_mean=[0, 0, 0], image_std=[1, 1, 1])
