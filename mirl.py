@@ -56,8 +56,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets, models
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.models import detection
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.ops import StochasticDepth
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, StochasticDepth
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -320,12 +322,16 @@ class ViT(nn.Module):
         )
         return patchify(images, self.config.patch_size)
 
-    def embed(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
+    def embed(
+        self, patches: Tensor, visible: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:
         """The input of block 1: class token and patches (B, V, P·P·C) with positions, (B, 1+V, D).
 
         visible: int64 (B, V), the places that the patches come from; None for all N in order.
+        table: the positions (1, 1+N, D) of images of another size; None for the model's own.
         """
-        cls_position, positions = self.pos_embed.split([1, self.config.num_patches], dim=1)
+        table = self.pos_embed if table is None else table
+        cls_position, positions = table[:, :1], table[:, 1:]  # (1, 1, D), (1, N, D)
         positions = positions if visible is None else positions[0][visible]  # (1, N, D), (B, V, D)
         x = self.patch_embed(patches) + positions  # (B, V, D)
         # cls_position is zero in our table, but not in a learned one that was loaded
@@ -649,8 +655,13 @@ class ExtendedMIRL(MIRL):
 
 @torch.no_grad()
 def move_average(average: nn.Module, model: nn.Module, keep: float) -> None:
-    """Parameters of `average` <- keep · themselves + (1 − keep) · those of `model`."""
+    """Parameters of `average` <- keep · themselves + (1 − keep) · those of `model`.
+
+    Buffers, which may be batch norm's statistics, are copied.
+    """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+    for own, new in zip(average.buffers(), model.buffers(), strict=True):
+        own.copy_(new)
 
 
 def feature_loss(
@@ -736,6 +747,213 @@ def vgg_extractor(checkpoint: str | None) -> nn.Module:
             ) from None
     names = {"3": "relu1_2", "8": "relu2_2", "15": "relu3_3", "22": "relu4_3"}
     return create_feature_extractor(layers.eval(), names).requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------
+# Transfer: segmentation and detection [S A.2]
+# ------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def square_positions(width: int, side: int, device: torch.device) -> Tensor:
+    """The sin-cos table of a side × side grid, (side, side, width), made once: a copy to a device
+    would wait for it. Any smaller grid's is its top-left corner."""
+    return sincos_positions(width, (side, side))[0, 1:].unflatten(0, (side, side)).to(device)
+
+
+class Pyramid(nn.Module):
+    """The plain ViT as a backbone: images (B, C, H, W) -> four maps (B, D, H/4, W/4), …,
+    (B, D, H/32, W/32), un-normed, from the blocks at 1/3, 1/2, 2/3 and all of the depth.
+
+    H and W are at least 32 and divide into patches of 16, 8 or 4 pixels. Transposed convolutions or
+    max pooling, which drops what is left over, bring the maps to the strides 4, 8, 16 and 32, as in
+    BEiT. vit: with the pool "none"; it loses its norm, which no map passes. Raises UserError for
+    another patch, pool or size, or fewer than 6 blocks.
+    """
+
+    def __init__(self, vit: ViT):
+        super().__init__()
+        c = vit.config
+        require(c.pool == "none", f"maps are made by a ViT with the pool none, not {c.pool}")
+        require(c.depth >= 6, f"four maps need an encoder of at least 6 blocks, not {c.depth}")
+        require(
+            c.patch_size in (4, 8, 16),
+            f"--patch-size {c.patch_size}: segmentation and detection need patches of 4, 8 or 16",
+        )
+        self.vit = vit
+        vit.norm = nn.Identity()
+        self.ends = [c.depth * k // 6 for k in (2, 3, 4, 6)]  # after how many blocks
+
+        def up():
+            return nn.ConvTranspose2d(c.width, c.width, kernel_size=2, stride=2)
+
+        scales = {  # from one pixel a patch to strides 4, 8, 16, 32
+            16: [nn.Sequential(up(), nn.BatchNorm2d(c.width), nn.GELU(), up()), up(), 1, 2],
+            8: [up(), 1, 2, 4],
+            4: [1, 2, 4, 8],
+        }[c.patch_size]
+        self.rescale = nn.ModuleList(nn.MaxPool2d(s) if isinstance(s, int) else s for s in scales)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table of a grid, (1, 1+N, D): sin-cos ones anew, learned ones resized.
+
+        Which of them the model has is decided on the device, which a step must not wait for.
+        """
+        own, table = self.vit.config.grid, self.vit.pos_embed
+        if grid == own:
+            return table
+        side = 32 * math.ceil(max(*grid, *own) / 32)  # few tables serve all sizes
+        square = square_positions(table.shape[2], side, table.device).to(table.dtype)
+        old, new = (square[:h, :w].flatten(0, 1) for h, w in (own, grid))  # (N, D) each
+        fixed = torch.isclose(table[0, 1:], old, atol=1e-4).all()
+        new = F.pad(new, (0, 0, 1, 0))[None]  # (1, 1+N, D), with a zero row for the class token
+        return torch.where(fixed, new, resize_positions(table, own, grid))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        P, (H, W) = self.vit.config.patch_size, images.shape[2:]
+        require(
+            min(H, W) >= 32 and H % P == W % P == 0,
+            f"images of {H}x{W} must divide into patches of {P}, with sides of at least 32 pixels",
+        )
+        h, w = H // P, W // P
+        x = self.vit.embed(patchify(images, P), table=self.positions((h, w)))  # (B, 1+N, D)
+        maps = []
+        for k, block in enumerate(self.vit.blocks, start=1):
+            x = block(x)
+            if k in self.ends:
+                maps.append(rearrange(x[:, 1:], "b (h w) d -> b d h w", h=h))
+        return [rescale(x) for rescale, x in zip(self.rescale, maps)]
+
+
+# (B, D, h, w) and a size -> (B, D, *size)
+resize_maps = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
+
+
+class UperNet(nn.Module):
+    """Semantic segmentation: a pyramid, and the UperNet head on it, of `width` channels, default D.
+
+    Images (B, C, H, W) -> logits, float32 (B, classes, H, W); in training a dict of them, "out",
+    and of the auxiliary head's, "aux", as torchvision's models give it. The coarsest map is pooled
+    to 1, 2, 3 and 6 cells a side; what that gives flows down into the finer maps, and all together
+    are classified. The auxiliary head sees the third map alone. Raises UserError as `Pyramid` does,
+    and in training for a single image, over which 1 × 1 cells have no variance.
+    """
+
+    def __init__(self, vit: ViT, num_classes: int, width: int | None = None):
+        super().__init__()
+        self.config = vit.config
+        D, d = vit.config.width, width or vit.config.width
+        conv = Conv2dNormActivation  # without bias, then batch norm and ReLU
+        self.pyramid = Pyramid(vit)
+        self.pools = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(D, d, 1)) for n in (1, 2, 3, 6)
+        )
+        self.top = conv(D + 4 * d, d, 3)
+        self.laterals = nn.ModuleList(conv(D, d, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(conv(d, d, 3) for _ in range(3))
+        self.fuse = conv(4 * d, d, 3)
+        self.head = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(d, num_classes, 1))
+        a = min(256, d)
+        self.aux = nn.Sequential(conv(D, a, 3), nn.Dropout2d(0.1), nn.Conv2d(a, num_classes, 1))
+
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        require(
+            not self.training or len(images) > 1 or isinstance(self.fuse[1], nn.SyncBatchNorm),
+            "batch norm needs at least 2 images on a device: raise --batch-size or "
+            "--device-batch-size",
+        )
+        maps = self.pyramid(images)  # 4 of (B, D, H/s, W/s), s = 4, 8, 16, 32
+        pooled = [resize_maps(pool(maps[3]), maps[3].shape[2:]) for pool in self.pools]
+        x = self.top(torch.cat([maps[3], *pooled], dim=1))  # (B, d, H/32, W/32)
+        fused = [x]
+        for k in (2, 1, 0):  # top down
+            lateral = self.laterals[k](maps[k])
+            x = lateral + resize_maps(x, lateral.shape[2:])
+            fused.insert(0, self.smooth[k](x))
+        fused = [resize_maps(x, maps[0].shape[2:]) for x in fused]  # 4 of (B, d, H/4, W/4)
+        logits = self.head(self.fuse(torch.cat(fused, dim=1)))
+        out = resize_maps(at_least_float32(logits), images.shape[2:])
+        if not self.training:
+            return out
+        aux = at_least_float32(self.aux(maps[2]))
+        return dict(out=out, aux=resize_maps(aux, images.shape[2:]))
+
+
+def segmentation_loss(out: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Cross-entropy of `UperNet`'s logits plus 0.4 times the auxiliary head's, a scalar.
+
+    labels: int64 (B, H, W), 255 where ignored. The mean is over all pixels, and an ignored one
+    counts as 0, as in the references; an image without labels is then no division by zero.
+    """
+    losses = [
+        F.cross_entropy(at_least_float32(out[name]), labels, ignore_index=255, reduction="none")
+        for name in ("out", "aux")
+    ]
+    return losses[0].mean() + 0.4 * losses[1].mean()
+
+
+class FeaturePyramid(nn.Module):
+    """torchvision's backbone for `mask_rcnn`: images (B, C, H, W) -> maps (B, width, ·, ·) of
+    strides 4 to 64, float32, computed under autocast to `dtype`."""
+
+    def __init__(self, vit: ViT, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.pyramid = Pyramid(vit)
+        self.fpn = FeaturePyramidNetwork([vit.config.width] * 4, width, LastLevelMaxPool())
+        self.out_channels, self.dtype = width, dtype
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        with autocast(images.device, self.dtype):
+            maps = self.fpn(OrderedDict(zip("0123", self.pyramid(images))))
+        return OrderedDict((name, at_least_float32(x)) for name, x in maps.items())
+
+
+class FullPrecisionMaskRCNN(detection.MaskRCNN):
+    """Anchors and boxes take the maps' dtype, and in bfloat16 the place 1001 is 1000: whatever
+    autocast surrounds the call, only the backbone opens one."""
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
+        with autocast(images[0].device, torch.float32):
+            return super().forward(images, targets)
+
+
+def mask_rcnn(
+    vit: ViT,
+    num_classes: int,
+    sizes: tuple[int, ...] = tuple(range(480, 801, 32)),
+    longest: int = 1333,
+    width: int = 256,
+    anchor: int = 8,
+    dtype: torch.dtype = torch.float32,
+    **more,
+) -> detection.MaskRCNN:
+    """torchvision's Mask R-CNN on a pyramid and an FPN of `width` channels.
+
+    It takes a list of images, float (C, h, w), ImageNet-normalised, and in training the targets
+    that torchvision describes, and returns its losses or detections. num_classes counts the
+    background, class 0, as torchvision does. An image's short side becomes one of `sizes`, drawn in
+    training and the last in evaluation, the long side at most `longest`. Anchors have sides of
+    `anchor` strides; in images of 64 pixels 8 of them, 32 pixels, are too many for most objects,
+    and 4 do. Encoder and FPN run under autocast to `dtype`, all else in float32. Heads of another
+    width are narrowed in proportion. more: torchvision's other arguments.
+    """
+    model = FullPrecisionMaskRCNN(
+        FeaturePyramid(vit, width, dtype),
+        min_size=sizes,
+        max_size=longest,
+        image_mean=(0.0, 0.0, 0.0),
+        image_std=(1.0, 1.0, 1.0),
+        rpn_anchor_generator=detection.rpn.AnchorGenerator(
+            tuple((anchor * stride,) for stride in (4, 8, 16, 32, 64)), ((0.5, 1.0, 2.0),) * 5
+        ),
+        box_head=detection.faster_rcnn.TwoMLPHead(width * 7**2, 4 * width),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
+        mask_head=detection.mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
+        mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, num_classes),
+        **more,
+    )
+    model.config = vit.config
+    return model
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1531,12 +1749,27 @@ def processes(device_flag: str):
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """torch's DistributedDataParallel, for a model whose buffers are constant tables."""
+    """torch's DistributedDataParallel, which leaves buffers alone: see `share_buffers`."""
     DDP = nn.parallel.DistributedDataParallel
     names = ("forward_sync_buffers", "broadcast_buffers")  # newer versions of torch renamed it
     name = next(n for n in names if n in inspect.signature(DDP).parameters)
     ids = [device] if device.type == "cuda" else None
     return DDP(model, ids, gradient_as_bucket_view=True, **{name: False})
+
+
+def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norm over the images of all processes, on CUDA; elsewhere as it is,
+    because torch has it for GPUs alone."""
+    several = WORLD_SIZE > 1 and device.type == "cuda"
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Every process takes those of process 0: where batch norm is not synchronised, each has seen
+    other images, and before an evaluation they must agree."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def gather(value: Any) -> list[Any]:
@@ -1758,8 +1991,13 @@ def fit_positions(table: Tensor, grid: tuple[int, int] | None, config: Config) -
     if width % 4 == 0 and torch.allclose(table, sincos_positions(width, grid), atol=1e-4):
         return sincos_positions(width, config.grid)
     say(f"learned positions resized from {grid} to {config.grid} patches")
+    return resize_positions(table, grid, config.grid)
+
+
+def resize_positions(table: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A learned table (1, 1+N, D) of `grid` for the grid `new`, bicubic; row 0 stays."""
     maps = rearrange(table[:, 1:], "1 (h w) d -> 1 d h w", h=grid[0])
-    maps = F.interpolate(maps, size=config.grid, mode="bicubic", antialias=True)
+    maps = F.interpolate(maps, size=new, mode="bicubic", antialias=True)
     return torch.cat([table[:, :1], rearrange(maps, "1 d h w -> 1 (h w) d")], dim=1)
 
 

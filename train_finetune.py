@@ -264,7 +264,9 @@ def keep_best(run: mirl.Run, name: str, model: mirl.ViT, top1: float, epoch: int
 
 def layer_of(name: str, depth: int) -> int:
     """The layer that layer-wise lr decay counts a parameter to: 0 for the class token, positions
-    and patch embedding, k + 1 for block k, depth + 1 for the rest. [S A.1]"""
+    and patch embedding, k + 1 for block k, depth + 1 for the rest, also where the ViT is part of a
+    model. [S A.1]"""
+    name = name.rpartition("vit.")[2]
     if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
