@@ -734,11 +734,12 @@ def draw_mask(segmentation: list | dict, h: int, w: int) -> Tensor:
     numbers or packed into a string.
     """
     if isinstance(segmentation, list):
-        canvas = Image.new("L", (w, h))
+        # PIL fills every pixel that a polygon touches, COCO those whose centre is inside: so five
+        # times as large, and of each 5 × 5 the central one (at ½ for COCO and at 0 for PIL)
+        canvas = Image.new("L", (5 * w, 5 * h))
         for polygon in segmentation:
-            # a pixel's centre is at ½ for COCO and at 0 for PIL, which draws the outline too
-            ImageDraw.Draw(canvas).polygon([x - 0.5 for x in polygon], fill=1, outline=1)
-        return TF.pil_to_tensor(canvas)[0]
+            ImageDraw.Draw(canvas).polygon([5 * x - 0.5 for x in polygon], fill=1)
+        return TF.pil_to_tensor(canvas)[0, 2::5, 2::5]
     if isinstance(segmentation["counts"], str):
         from pycocotools import mask
 
@@ -971,7 +972,7 @@ def segmentation_scores(matrix: Tensor) -> dict[str, float]:
 
 
 def whole(model: Callable, images: Tensor, multiple: int = 32) -> Tensor:
-    """Logits (B, classes, H, W) of images (B, 3, H, W), padded with zeros (ImageNet's mean) to sides
+    """Logits (B, classes, H, W) of images (B, 3, H, W), padded with zeros, ImageNet's mean, to sides
     that the model can cut into patches."""
     h, w = images.shape[2:]
     return model(F.pad(images, (0, -w % multiple, 0, -h % multiple)))[:, :, :h, :w]
@@ -1102,11 +1103,10 @@ def evaluate_objects(
                 if target is not None:
                     results.append(detections(target["image_id"], output))
     everyone = mirl.gather(found)
-    scores = None
+    scores = []
     if mirl.RANK == 0:
-        scores = [
-            coco_scores([*itertools.chain(*parts)], file) for parts in zip(*everyone, strict=True)
-        ]
+        parts = zip(*everyone, strict=True)
+        scores = [coco_scores([*itertools.chain(*part)], file) for part in parts]
     return mirl.gather(scores)[0]
 
 

@@ -84,8 +84,8 @@ class Args(mirl.TrainingFlags):
     model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
     data: str | None = flag(
         None,
-        "shapes, scenes (embedded, scenes for --image-size 64), cifar10, cifar100 (downloaded), or a "
-        "folder of images",
+        "shapes or scenes (embedded; scenes are for --image-size 64), cifar10, cifar100 "
+        "(downloaded), or a folder of images",
     )
     out: str | None = flag(None, "the run's folder; default runs/<method>-<recipe>")
     mask_ratio: float = flag(0.75, "share of the patches that are hidden from the encoder")
