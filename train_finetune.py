@@ -972,8 +972,8 @@ def segmentation_scores(matrix: Tensor) -> dict[str, float]:
 
 
 def whole(model: Callable, images: Tensor, multiple: int = 32) -> Tensor:
-    """Logits (B, classes, H, W) of images (B, 3, H, W), padded with zeros, ImageNet's mean, to sides
-    that the model can cut into patches."""
+    """Logits (B, classes, H, W) of images (B, 3, H, W), padded with zeros, ImageNet's mean, to
+    sides that the model can cut into patches."""
     h, w = images.shape[2:]
     return model(F.pad(images, (0, -w % multiple, 0, -h % multiple)))[:, :, :h, :w]
 
@@ -1133,7 +1133,8 @@ def picture(image: Tensor, result: Tensor | dict[str, Tensor], classes: list[str
     image, masks = (enlarged(x.cpu(), scale) for x in (image, masks))
     if names:
         image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
-        image = draw_bounding_boxes(image, boxes.cpu() * scale, names, colors, width=2)
+        lines = "white" if by_pixel else colors
+        image = draw_bounding_boxes(image, boxes.cpu() * scale, names, lines, width=2)
     return image
 
 
