@@ -40,12 +40,11 @@ import sys
 import time
 import typing
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -54,6 +53,7 @@ import torchvision
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision import datasets, models
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.models import detection
@@ -1098,16 +1098,31 @@ SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("stripes", "checks", "dots", "rings")
 
 
-def file_names(names: list[str]) -> np.ndarray:
-    """Names as bytes in one array, which forked worker processes share. Each would end up with a
-    copy of a list of strings, because Python counts references inside every string."""
-    return np.array([os.fsencode(name) for name in names])
+class Names:
+    """File names in one block of bytes, which forked worker processes share. Each of them would
+    end up with a copy of a list of strings, because Python counts references inside every string.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self.text = b"".join(encoded)
+        self.ends = torch.tensor([0, *itertools.accumulate(map(len, encoded))])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int | Tensor) -> "str | Names":
+        """Name i, or those with the indices i, int64 (m,)."""
+        if isinstance(i, Tensor):
+            return Names(self[j] for j in i.tolist())
+        start, end = self.ends[i : i + 2].tolist()
+        return os.fsdecode(self.text[start:end])
 
 
 class Images(NamedTuple):
     """A data set, in memory or in files."""
 
-    images: Tensor | np.ndarray  # uint8 (n, C, H, W), or `file_names` below `root`, bytes (n,)
+    images: Tensor | Names  # uint8 (n, C, H, W), or names of files below `root`
     labels: Tensor  # int64 (n,), −1 where there is none
     classes: list[str]  # empty where there are no labels
     root: str = ""
@@ -1117,36 +1132,37 @@ class Images(NamedTuple):
         return isinstance(self.images, Tensor)
 
     def name(self, i: int) -> str:
-        if self.in_memory:
-            return f"image {i}"
-        return os.path.join(self.root, os.fsdecode(self.images[i]))
+        return f"image {i}" if self.in_memory else os.path.join(self.root, self.images[i])
 
     def read(self, i: int) -> Tensor | None:
         """Image i, uint8 (3, h, w); None where it cannot be read."""
-        if self.in_memory:
-            return self.images[i]
-        # torchvision decodes JPEG faster than PIL, and crashes on damaged PNG. Its decoder is
-        # deprecated from 0.29 on; where it is gone, PIL serves.
-        with contextlib.suppress(RuntimeError, AttributeError):
-            content = torchvision.io.read_file(self.name(i))
-            return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB)
-        try:
-            with Image.open(self.name(i)) as image:
-                return TF.pil_to_tensor(image.convert("RGB"))
-        except Exception:  # PIL raises nearly anything on a broken file
-            return None
+        return self.images[i] if self.in_memory else read_image(self.name(i))
 
     def select(self, indices: Tensor) -> "Images":
         """The images with these indices, int64 (m,)."""
-        return self._replace(images=self.images[indices.numpy()], labels=self.labels[indices])
+        return self._replace(images=self.images[indices], labels=self.labels[indices])
 
     def digest(self) -> str:
         """The same for the same data, wherever they lie: of the pixels or the files' names, the
         labels and the classes."""
         digest = hashlib.sha256(repr(self.classes).encode())
-        digest.update(self.labels.numpy())
-        digest.update(self.images.numpy() if self.in_memory else b"".join(self.images))
+        for part in (self.labels, self.images):
+            digest.update(part.text if isinstance(part, Names) else part.numpy())
         return digest.hexdigest()
+
+
+def read_image(path: str) -> Tensor | None:
+    """An image file as uint8 (3, h, w); None where it cannot be read."""
+    # torchvision decodes JPEG faster than PIL, and crashes on damaged PNG. Its decoder is
+    # deprecated from 0.29 on; where it is gone, PIL serves.
+    with contextlib.suppress(RuntimeError, AttributeError):
+        content = torchvision.io.read_file(path)
+        return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB)
+    try:
+        with Image.open(path) as image:
+            return TF.pil_to_tensor(image.convert("RGB"))
+    except Exception:  # PIL raises nearly anything on a broken file
+        return None
 
 
 def make_shapes(count: int, seed: int) -> Images:
@@ -1158,13 +1174,56 @@ def make_shapes(count: int, seed: int) -> Images:
     gives the same images.
     """
     generator = torch.Generator().manual_seed(seed)
-    parts = [_draw_shapes(min(1000, count - i), generator) for i in range(0, count, 1000)]
+    parts = [_draw_shapes(min(1000, count - i), generator)[:2] for i in range(0, count, 1000)]
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     return Images(images, labels, [f"{s} of {t}" for s in SHAPES for t in TEXTURES])
 
 
-def _draw_shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    size = 32
+class Scenes(NamedTuple):
+    """Images of several objects."""
+
+    images: Tensor  # uint8 (n, 3, 64, 64)
+    instances: Tensor  # uint8 (n, 64, 64): k where object k = 1 … 4 is seen, 0 for the background
+    kinds: Tensor  # int64 (n, 4): places in SHAPES, −1 where nothing is seen of an object
+
+
+def make_scenes(count: int, seed: int) -> Scenes:
+    """`count` generated 64 × 64 colour images of one to four of the embedded shapes.
+
+    Shapes and background are those of `make_shapes`; size and place vary more, and a later shape
+    covers an earlier one. The same seed gives the same scenes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [_draw_scenes(min(250, count - i), generator) for i in range(0, count, 250)]
+    return Scenes(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _draw_scenes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    objects = torch.randint(1, 5, (n,), generator=generator)
+    images, kinds = None, torch.full((n, 4), -1)
+    instances = torch.zeros(n, 64, 64, dtype=torch.uint8)
+    for k in range(1, 5):
+        there = objects >= k
+        behind = None if k == 1 else images[there]
+        drawn, labels, inside = _draw_shapes(int(there.sum()), generator, 64, (6, 16), 24, behind)
+        images = drawn if k == 1 else images.index_put((there,), drawn)
+        instances[there] = instances[there].masked_fill(inside[:, 0] >= 0.5, k)
+        kinds[there, k - 1] = labels // len(TEXTURES)
+    seen = torch.stack([(instances == k).flatten(1).any(1) for k in range(1, 5)], dim=1)  # (n, 4)
+    return images, instances, kinds.where(seen, -1)
+
+
+def _draw_shapes(
+    n: int,
+    generator: torch.Generator,
+    size: int = 32,
+    radius: tuple[float, float] = (12, 14),
+    spread: float = 2,
+    behind: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images uint8 (n, 3, size, size), labels int64 (n,), and how much of each pixel is inside the
+    shape, float (n, 1, size, size). A shape is up to `spread` pixels off the centre along either
+    axis. behind: images to draw on, like those returned; None for a slope."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
@@ -1185,8 +1244,8 @@ def _draw_shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     chosen = torch.arange(n)
 
     # distance to each shape's outline in pixels, negative inside, in the order of SHAPES
-    a, b = turned(uniform(-0.15, 0.15), uniform(-2, 2), uniform(-2, 2))
-    r = uniform(12, 14)[:, None, None]
+    a, b = turned(uniform(-0.15, 0.15), uniform(-spread, spread), uniform(-spread, spread))
+    r = uniform(*radius)[:, None, None]
     thirds = [2 * math.pi * i / 3 for i in range(3)]
     sides = [a * math.sin(t) + b * math.cos(t) - 0.6 * r for t in thirds]
     cross = torch.minimum(box(1.1 * r, 0.36 * r), box(0.36 * r, 1.1 * r))
@@ -1209,22 +1268,28 @@ def _draw_shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         tones = torch.where(swap, light, dark), torch.where(swap, dark, light)
         return tuple((tone + uniform(-0.1, 0.1, 3, 1, 1)).clamp(0, 1) for tone in tones)
 
-    slope, _ = turned(uniform(0, 2 * math.pi), torch.zeros(n), torch.zeros(n))
-    background = torch.lerp(*two_colours(), 0.5 + slope[:, None] / (size * math.sqrt(2)))
+    if behind is None:
+        slope, _ = turned(uniform(0, 2 * math.pi), torch.zeros(n), torch.zeros(n))
+        background = torch.lerp(*two_colours(), 0.5 + slope[:, None] / (size * math.sqrt(2)))
+    else:
+        background = behind / 255
     images = torch.lerp(background, torch.lerp(*two_colours(), wave), inside)  # (n, 3, h, w)
-    return (images * 255).round().to(torch.uint8), labels
+    return (images * 255).round().to(torch.uint8), labels, inside
 
 
 def load_data(name: str, data_dir: str, split: str) -> Images:
     """A data set by the name given to --data; split: "train" or "val".
 
-    `shapes`, `cifar10` and `cifar100` lie in memory, the last two downloaded into `data_dir` at
-    first use. Anything else is a folder of files. Where it has train/ and val/, their subfolders
-    are the classes; else its images have no labels, and every fiftieth is one of the validation
-    split. Raises UserError for what cannot be had.
+    `shapes`, `scenes` (without labels), `cifar10` and `cifar100` lie in memory, the last two
+    downloaded into `data_dir` at first use. Anything else is a folder of files. Where it has train/
+    and val/, their subfolders are the classes; else its images have no labels, and every fiftieth
+    is one of the validation split. Raises UserError for what cannot be had.
     """
     if name == "shapes":
         return make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
+    if name == "scenes":
+        scenes = make_scenes(5_000, seed=0) if split == "train" else make_scenes(500, seed=1)
+        return Images(scenes.images, torch.full((len(scenes.images),), -1), [])
     if name in ("cifar10", "cifar100"):
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         try:
@@ -1244,15 +1309,13 @@ def load_folder(root: Path, split: str) -> Images:
     """The image files of a folder, as `load_data` says."""
     require(
         root.is_dir(),
-        f"--data {root}: there is no such folder (and the names are shapes, cifar10, cifar100)",
+        f"--data {root}: there is no such folder (and the names are shapes, scenes, cifar10, "
+        "cifar100)",
     )
     has_splits = (root / "train").is_dir() and (root / "val").is_dir()
     folder = root / split if has_splits else root / "train" if (root / "train").is_dir() else root
-    # make_dataset finds the images of a class's folder at any depth, in order: here of the whole
-    found = make_dataset(folder, {".": 0}, IMG_EXTENSIONS, allow_empty=True)
-    require(found, f"--data {root}: {folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
-    prefix = os.path.join(folder, ".", "")
-    names = [path.removeprefix(prefix) for path, _ in found]
+    names = files_in(folder)
+    require(names, f"--data {root}: {folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
     if not has_splits and len(names) > 1:
         names = [n for i, n in enumerate(names) if (i % 50 == 0) == (split == "val")]
     try:
@@ -1260,7 +1323,15 @@ def load_folder(root: Path, split: str) -> Images:
     except FileNotFoundError:  # images right in train/, without classes
         classes, index = [], {}
     labels = torch.tensor([index.get(name.split(os.sep)[0], -1) for name in names])
-    return Images(file_names(names), labels, classes, str(folder))
+    return Images(Names(names), labels, classes, str(folder))
+
+
+def files_in(folder: Path, extensions: tuple[str, ...] = IMG_EXTENSIONS) -> list[str]:
+    """Names, relative to the folder, of its files of these kinds at any depth, in order."""
+    # make_dataset finds those of a class's folder: here of the whole
+    found = make_dataset(folder, {".": 0}, extensions, allow_empty=True)
+    prefix = os.path.join(folder, ".", "")
+    return [path.removeprefix(prefix) for path, _ in found]
 
 
 def seed_of(purpose: str, *parts: int) -> int:
@@ -1332,6 +1403,9 @@ class ImageDataset(torch.utils.data.Dataset):
     read, the next readable one stands in and bad is i (else −1), so that every batch keeps its size
     and nothing fails unseen. A stand-in has its own label if `keep_labels`, else −1. Raises
     UserError where nothing can be read.
+
+    Data whose `read` gives (image, target) are transformed together and come as (image, target,
+    bad); the target of a stand-in that may not keep it is None.
     """
 
     def __init__(self, data: Images, transform: Callable, seed: int = 0, keep_labels: bool = True):
@@ -1346,15 +1420,38 @@ class ImageDataset(torch.utils.data.Dataset):
         epoch, i = key
         n = len(self)
         for good in (j % n for j in range(i, i + min(n, 1000))):
-            image = self.data.read(good)
-            if image is not None:
+            found = self.data.read(good)
+            if found is not None:
                 break
         else:
             raise UserError(f"{self.data.name(i)} and what follows it can no longer be read")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of("file", self.seed, epoch, i))
-            label = int(self.data.labels[good]) if good == i or self.keep_labels else -1
-            return self.transform(image), label, i if good != i else -1
+            known, bad = good == i or self.keep_labels, i if good != i else -1
+            if isinstance(found, tuple):
+                image, target = self.transform(*found)
+                return image, target if known else None, bad
+            return self.transform(found), int(self.data.labels[good]) if known else -1, bad
+
+
+def collate(samples: list[tuple]) -> list:
+    """torch's collate of each column of the samples, but a list of what it cannot stack: tensors of
+    several sizes, targets in dicts, and None."""
+
+    def alike(column: tuple) -> bool:
+        kinds = {getattr(x, "shape", type(x)) for x in column}
+        return len(kinds) == 1 and kinds.isdisjoint({dict, type(None)})
+
+    return [default_collate(c) if alike(c) else list(c) for c in zip(*samples, strict=True)]
+
+
+def move_to(x: Any, device: torch.device, non_blocking: bool) -> Any:
+    """x with the tensors in it, also in lists and dicts, on the device."""
+    if isinstance(x, list):
+        return [move_to(v, device, non_blocking) for v in x]
+    if isinstance(x, dict):
+        return {k: move_to(v, device, non_blocking) for k, v in x.items()}
+    return x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x
 
 
 class Loader:
@@ -1379,6 +1476,7 @@ class Loader:
             ImageDataset(data, transform, seed, keep_labels),
             batch_sampler=self.keys,
             num_workers=workers,
+            collate_fn=collate,
             worker_init_fn=leave_signals_alone,
             generator=torch.Generator(),  # else it draws from the one that masks come from
             pin_memory=device.type == "cuda",
@@ -1386,14 +1484,18 @@ class Loader:
         )
 
     def epoch(self, epoch: int, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images float32 (b, 3, *size), normalised, and labels int64 (b,), of these batches."""
+        """Images float32 (b, 3, *size), normalised, and labels int64 (b,), of these batches.
+
+        Where images differ in size, they come as a list. So do targets that are no tensors alike.
+        """
         self.keys[:] = [[(epoch, i) for i in batch] for batch in batches]
         pinned = self.loader.pin_memory
         corrupt: set[int] = set()
         for images, labels, bad in self.loader:
             corrupt |= set(bad[bad >= 0].tolist())
-            images, labels = (x.to(self.device, non_blocking=pinned) for x in (images, labels))
-            yield normalise_images(images), labels
+            images, labels = (move_to(x, self.device, pinned) for x in (images, labels))
+            alike = isinstance(images, Tensor)
+            yield normalise_images(images) if alike else [*map(normalise_images, images)], labels
         names = {self.data.name(i) for i in set().union(*gather(corrupt))}
         for name in sorted(names - self.corrupt):
             say(f"warning: {name} cannot be read: another image is in its place")
@@ -1407,7 +1509,7 @@ def leave_signals_alone(worker: int) -> None:
 
 
 def normalise_images(images: Tensor) -> Tensor:
-    """(B, 3, H, W) of values in 0..255 -> float32, with ImageNet's mean and deviation."""
+    """(…, 3, H, W) of values in 0..255 -> float32, with ImageNet's mean and deviation."""
     mean, std = imagenet_statistics(images.device)
     return (images.float() / 255 - mean) / std
 
@@ -1848,7 +1950,7 @@ def check_machine(args, device: torch.device) -> None:
 def require_extra(package: str, flag: str, wanted: bool = True) -> None:
     """Raises UserError where a flag needs a package that is not installed."""
     missing = wanted and not importlib.util.find_spec(package)
-    extra = dict(matplotlib="plot").get(package, package)
+    extra = dict(matplotlib="plot", pycocotools="coco").get(package, package)
     require(not missing, f"{flag} needs {package}: pip install -e '.[{extra}]'")
 
 

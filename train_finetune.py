@@ -26,19 +26,30 @@ weights as they are ("raw") and of their moving average ("ema") the last and the
 raw-last.pt, raw-best.pt, ema-last.pt, ema-best.pt.
 """
 
+import contextlib
 import copy
+import functools
+import io
+import itertools
 import json
 import math
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 import mirl
 from mirl import UserError, flag, require, say
@@ -507,7 +518,7 @@ def predict(args: Args, device: torch.device) -> None:
     for path in args.predict:
         require(Path(path).is_file(), f"--predict: there is no file {path}")
     for path in args.predict:
-        data = mirl.Images(mirl.file_names([path]), torch.tensor([0]), classes)
+        data = mirl.Images(mirl.Names([path]), torch.tensor([0]), classes)
         images = mirl.fixed_images(data, model.config.image_hw, 1).to(device)
         probabilities = model(images)[0].softmax(dim=0)
         top = probabilities.topk(min(5, len(classes)))
@@ -599,6 +610,515 @@ def probe(args: Args, train: mirl.Images, val: mirl.Images, device: torch.device
     top1, top5 = zip(*tops, strict=True) if blocks else tops[0]
     counts = dict(train_images=len(x), val_images=int(n))
     say(json.dumps(dict(protocol=args.protocol, top1=top1, top5=top5, **counts)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Segmentation and detection: data
+# ------------------------------------------------------------------------------------------------
+
+IGNORED = 255  # the label of pixels that count for nothing
+SCENES = dict(train=(512, 2), val=(256, 3))  # images and seed
+
+
+class LabelMaps(mirl.Images):
+    """Images and a label for each of their pixels, in ADE20K's layout.
+
+    `images` are names below <root>/images, `labels` names below <root>/annotations.
+    """
+
+    def name(self, i: int) -> str:
+        return os.path.join(self.root, "images", self.images[i]) + " or its annotation"
+
+    def read(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask] | None:
+        """Image i, uint8 (3, h, w), and labels, uint8 (h, w); None where one cannot be read.
+
+        The file's labels 1 … K become 0 … K − 1, its 0 ("other") becomes 255 and 255 stays. Raises
+        UserError for other labels, or a map of another size.
+        """
+        path = os.path.join(self.root, "annotations", self.labels[i])
+        image = mirl.read_image(os.path.join(self.root, "images", self.images[i]))
+        try:
+            with Image.open(path) as file:
+                labels = TF.pil_to_tensor(file).long()
+        except Exception:  # PIL raises nearly anything on a broken file
+            return None
+        if image is None:
+            return None
+        require(
+            labels.shape == (1, *image.shape[1:]),
+            f"{path} is no map of one label for each pixel of its image: it is "
+            f"{tuple(labels.shape)}, the image {tuple(image.shape)}",
+        )
+        ignored = (labels == 0) | (labels == IGNORED)
+        wrong = labels[(labels > len(self.classes)) & ~ignored]
+        require(
+            not len(wrong),
+            f"{path} has the label {wrong[:1].tolist()}: the classes are 1 to {len(self.classes)}, "
+            f"and 0 or {IGNORED} for pixels that count for nothing",
+        )
+        labels = (labels[0] - 1).masked_fill(ignored[0], IGNORED).to(torch.uint8)
+        return tv_tensors.Image(image), tv_tensors.Mask(labels)
+
+
+class Objects(mirl.Images):
+    """Images and the objects on them, in COCO's layout.
+
+    `images` are names of files in `root`. `labels` are JSON, the image's id and [label, box,
+    segmentation] for each object, which is read when it is needed: as Python's objects, COCO's
+    860,000 would fill gigabytes in every worker process.
+    """
+
+    def name(self, i: int) -> str:
+        return os.path.join(self.root, self.images[i]) + " or its annotation"
+
+    def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
+        """Image i, uint8 (3, h, w), and its n objects; None where one cannot be read.
+
+        The objects: boxes float32 (n, 4) as corners x, y, x, y, masks uint8 (n, h, w), labels int64
+        (n,) from 1, image_id int. Those whose box is narrower than a pixel are left out.
+        """
+        image = mirl.read_image(os.path.join(self.root, self.images[i]))
+        if image is None:
+            return None
+        h, w = image.shape[1:]
+        image_id, objects = json.loads(self.labels[i])
+        try:
+            boxes = torch.tensor([box for _, box, _ in objects]).float().view(-1, 4)
+            masks = torch.zeros(len(boxes), h, w, dtype=torch.uint8)
+            for mask, (_, _, segmentation) in zip(masks, objects, strict=True):
+                mask.copy_(draw_mask(segmentation, h, w))
+        except Exception:  # a segmentation may be wrong in any way
+            return None
+        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (h, w))
+        wide = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+        target = dict(
+            boxes=tv_tensors.BoundingBoxes(boxes[wide], format="XYXY", canvas_size=(h, w)),
+            masks=tv_tensors.Mask(masks[wide]),
+            labels=torch.tensor([label for label, _, _ in objects], dtype=torch.int64)[wide],
+            image_id=image_id,
+        )
+        return tv_tensors.Image(image), target
+
+
+def draw_mask(segmentation: list | dict, h: int, w: int) -> Tensor:
+    """COCO's segmentation of an object as a mask of 0 and 1, uint8 (h, w).
+
+    A list of polygons [x, y, x, y, …]; or run lengths, column by column, beginning with zeros, as
+    numbers or packed into a string.
+    """
+    if isinstance(segmentation, list):
+        # PIL fills every pixel that a polygon touches, COCO those whose centre is inside: so five
+        # times as large, and of each 5 × 5 the central one (at ½ for COCO and at 0 for PIL)
+        canvas = Image.new("L", (5 * w, 5 * h))
+        for polygon in segmentation:
+            ImageDraw.Draw(canvas).polygon([5 * x - 0.5 for x in polygon], fill=1)
+        return TF.pil_to_tensor(canvas)[0, 2::5, 2::5]
+    if isinstance(segmentation["counts"], str):
+        from pycocotools import mask
+
+        return torch.from_numpy(mask.decode(segmentation))
+    lengths = torch.tensor(segmentation["counts"])
+    values = torch.arange(len(lengths)).remainder(2).to(torch.uint8)
+    return values.repeat_interleave(lengths).view(w, h).T
+
+
+def run_lengths(mask: Tensor) -> list[int]:
+    """A mask (h, w) as the lengths of its runs of zeros and ones, as `draw_mask` takes them."""
+    flat = mask.T.flatten().int()
+    changes = flat.diff(prepend=flat.new_zeros(1)).nonzero().flatten().tolist()
+    ends = [*changes, len(flat)]
+    return [end - start for start, end in zip([0, *changes], ends, strict=True)]
+
+
+def load_dense(task: str, name: str, data_dir: str, split: str) -> LabelMaps | Objects:
+    """The data of --task "segment" or "detect" by the name given to --data; split: "train" or
+    "val".
+
+    `scenes` are written into `data_dir` at first use; anything else is a folder. Raises UserError
+    for what cannot be had.
+    """
+    root = Path(name)
+    if name == "scenes":
+        root = Path(data_dir) / "scenes"
+        with mirl.rank_zero_first():
+            if not root.exists():
+                write_scenes(root)
+    require(root.is_dir(), f"--data {name}: there is no such folder (and the name is scenes)")
+    return load_label_maps(root, split) if task == "segment" else load_objects(root, split)
+
+
+def load_label_maps(root: Path, split: str) -> LabelMaps:
+    """ADE20K's layout: images/{training,validation}/*.jpg and annotations/…/*.png.
+
+    The classes' names are the lines of classes.txt or the last column of ADE20K's own
+    objectInfo150.txt; where there is neither, there are 150 classes. Raises UserError where images
+    and annotations do not belong together.
+    """
+    part = dict(train="training", val="validation")[split]
+    images, maps = root / "images" / part, root / "annotations" / part
+    image_of = {os.path.splitext(name)[0]: name for name in mirl.files_in(images)}
+    map_of = {os.path.splitext(name)[0]: name for name in mirl.files_in(maps, (".png",))}
+    require(image_of, f"--data {root}: {images} holds no images")
+    lone = sorted(image_of.keys() - map_of.keys())
+    require(not lone, f"--data {root}: {maps} has no annotation {lone[:1]} for an image (.png)")
+    lone = sorted(map_of.keys() - image_of.keys())
+    require(not lone, f"--data {root}: {images} has no image {lone[:1]} for an annotation")
+    classes = [f"class {k}" for k in range(1, 151)]
+    for path in (root / "classes.txt", root / "objectInfo150.txt"):
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if line.strip()]
+            classes = [x.split("\t")[-1].strip() for x in lines if not x.startswith("Idx\t")]
+            require(0 < len(classes) < IGNORED, f"{path} must name 1 to {IGNORED - 1} classes")
+            break
+    images = mirl.Names(os.path.join(part, image_of[stem]) for stem in image_of)
+    labels = mirl.Names(os.path.join(part, map_of[stem]) for stem in image_of)
+    return LabelMaps(images, labels, classes, str(root))
+
+
+def annotation_file(root: str | Path, split: str) -> Path:
+    """Where COCO's layout has the objects of a split."""
+    return Path(root) / "annotations" / f"instances_{split}2017.json"
+
+
+def load_objects(root: Path, split: str) -> Objects:
+    """COCO's layout: {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json.
+
+    Categories become the labels 1 … K in the order of their ids. Crowds are no objects. Training
+    images without any annotation are left out (117,266 of COCO's stay). Raises UserError for a file
+    that is not COCO's, or names an image or category that is not there.
+    """
+    file, folder = annotation_file(root, split), root / f"{split}2017"
+    require(file.is_file(), f"--data {root}: there is no {file}")
+    try:
+        content = json.loads(file.read_bytes())
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        kinds = {kind["id"]: kind["name"] for kind in content["categories"]}
+        keys = ("image_id", "category_id", "bbox", "segmentation")
+        rows = [(*(x[k] for k in keys), x.get("iscrowd", 0)) for x in content["annotations"]]
+        unlisted = {row[0] for row in rows} - names.keys(), {row[1] for row in rows} - kinds.keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
+    del content
+    require(kinds and names, f"{file} names no images, or no categories")
+    for what, ids in zip(("image", "category"), unlisted, strict=True):
+        require(not ids, f"{file} has annotations of {what} {[*ids][:1]}, which it does not list")
+    packed = (isinstance(row[3], dict) and isinstance(row[3].get("counts"), str) for row in rows)
+    mirl.require_extra("pycocotools", f"{file}, with compressed masks,", any(packed))
+    missing = sorted(set(names.values()) - set(mirl.files_in(folder)))
+    require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
+    label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
+    objects: dict[int, list] = {}
+    for image, kind, box, segmentation, crowd in rows:
+        own = objects.setdefault(image, [])
+        if not crowd:
+            own.append([label_of[kind], box, segmentation])
+    used = [image for image in names if split == "val" or image in objects]
+    require(used, f"{file} has no annotation of any image")
+    labels = mirl.Names(json.dumps([image, objects.get(image, [])]) for image in used)
+    classes = [kinds[kind] for kind in label_of]
+    return Objects(mirl.Names(names[image] for image in used), labels, classes, str(folder))
+
+
+def write_scenes(folder: Path) -> None:
+    """Write 512 training and 256 validation scenes of `mirl.make_scenes` in both layouts.
+
+    For segmentation the background is a class too. The folder appears when it is complete.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        whole = Path(temporary) / "scenes"
+        for split, part in (("train", "training"), ("val", "validation")):
+            scenes = mirl.make_scenes(*SCENES[split])
+            folders = [whole / x for x in (f"images/{part}", f"{split}2017", f"annotations/{part}")]
+            for path in folders:
+                path.mkdir(parents=True)
+            images, annotations = [], []
+            for i, (image, instances, kinds) in enumerate(zip(*scenes, strict=True), start=1):
+                label_of = torch.cat([torch.tensor([1]), kinds + 2]).to(torch.uint8)
+                pictures = image, image, label_of[instances.int()]
+                for path, picture in zip(folders, pictures, strict=True):
+                    TF.to_pil_image(picture).save(path / f"{i:05d}.png")
+                images.append(dict(id=i, file_name=f"{i:05d}.png", height=64, width=64))
+                for k in (kinds >= 0).nonzero().flatten().tolist():
+                    annotations.append(annotation(instances == k + 1))
+                    annotations[-1] |= dict(id=len(annotations), image_id=i)
+                    annotations[-1] |= dict(category_id=int(kinds[k]) + 1)
+            categories = [dict(id=k, name=name) for k, name in enumerate(mirl.SHAPES, start=1)]
+            content = dict(images=images, annotations=annotations, categories=categories)
+            annotation_file(whole, split).write_text(json.dumps(content))
+        (whole / "classes.txt").write_text("\n".join(("background", *mirl.SHAPES)) + "\n")
+        if not folder.exists():  # another run may have been faster
+            whole.rename(folder)
+
+
+def annotation(mask: Tensor) -> dict:
+    """What COCO's files say about an object's mask, bool (h, w)."""
+    y, x = mask.nonzero().T
+    left, top = int(x.min()), int(y.min())
+    return dict(
+        bbox=[left, top, int(x.max()) + 1 - left, int(y.max()) + 1 - top],
+        segmentation=dict(size=list(mask.shape), counts=run_lengths(mask)),
+        area=len(x),
+        iscrowd=0,
+    )
+
+
+class VariedCrop(v2.RandomCrop):
+    """A random crop, drawn anew up to ten times while one class covers over 75 % of its labels.
+
+    What is missing of smaller images is of the mean colour, and ignored.
+    """
+
+    def __init__(self, size: int):
+        grey = [round(255 * m) for m in mirl.IMAGENET_MEAN]
+        fill = {tv_tensors.Image: grey, tv_tensors.Mask: IGNORED}
+        super().__init__(size, pad_if_needed=True, fill=fill)
+
+    def make_params(self, flat_inputs: list) -> dict:
+        labels = next(x for x in flat_inputs if isinstance(x, tv_tensors.Mask))
+        for _ in range(11):
+            params = super().make_params(flat_inputs)
+            counts = self.transform(labels, params).flatten().bincount(minlength=256)[:IGNORED]
+            if counts.max() <= 0.75 * counts.sum() > 0:
+                break
+        return params
+
+
+def segment_transform(size: int, training: bool) -> Callable:
+    """(image, labels), uint8 (3, h, w) and (h, w) -> the same, moved alike. [S A.2, BEiT]
+
+    In training the short side is resized to `size` times a draw from [0.5, 2], but for sizes up to
+    64 to `size`; then a crop of size × size, a flip, and changes of brightness, contrast,
+    saturation and hue, each with probability 1/2. In validation the image's short side becomes
+    `size`, and the labels stay.
+    """
+    if not training:
+        return functools.partial(shorter_side, size=size)
+    scale = v2.Resize(size)
+    if size > mirl.SMALL:
+        scale = v2.RandomShortestSize(range(size // 2, 2 * size + 1), max_size=8 * size)
+    strengths = dict(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.1)
+    distortion = [v2.RandomApply([v2.ColorJitter(**{k: s})]) for k, s in strengths.items()]
+    moves = [scale, VariedCrop(size), v2.RandomHorizontalFlip()]
+    return v2.Compose([*moves, *distortion, v2.ToPureTensor()])
+
+
+def shorter_side(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return v2.ToPureTensor()(TF.resize(image, size, antialias=True), labels)
+
+
+def detect_transform(training: bool) -> Callable:
+    """(image, objects) -> the same, in training flipped at random; torchvision's model resizes."""
+    return v2.Compose([v2.RandomHorizontalFlip(0.5 if training else 0), v2.ToPureTensor()])
+
+
+# ------------------------------------------------------------------------------------------------
+# Segmentation and detection: measures
+# ------------------------------------------------------------------------------------------------
+
+
+def confusion(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """How many pixels of each class (rows) are taken for which (columns), int64 (C, C).
+
+    prediction: int64, labels: integers of the same shape; those of 255 do not count. It is made
+    without waiting for the device, which torch.bincount would do.
+    """
+    labels = labels.long()
+    cells = torch.where(labels == IGNORED, classes**2, labels * classes + prediction).flatten()
+    counts = cells.new_zeros(classes**2 + 1).scatter_add_(0, cells, torch.ones_like(cells))
+    return counts[:-1].view(classes, classes)
+
+
+def segmentation_scores(matrix: Tensor) -> dict[str, float]:
+    """Means over the classes of IoU and of accuracy, and the pixels' accuracy, in percent.
+
+    matrix: as `confusion` makes it. A class that is nowhere does not count.
+    """
+    matrix = matrix.double()
+    hits, truth, found = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
+    scores = dict(
+        miou=(hits / (truth + found - hits)).nanmean(),
+        macc=(hits / truth).nanmean(),
+        aacc=hits.sum() / truth.sum(),
+    )
+    return {name: 100 * score.item() for name, score in scores.items()}
+
+
+def whole(model: Callable, images: Tensor, multiple: int = 32) -> Tensor:
+    """Logits (B, classes, H, W) of images (B, 3, H, W), padded with zeros, ImageNet's mean, to
+    sides that the model can cut into patches."""
+    h, w = images.shape[2:]
+    return model(F.pad(images, (0, -w % multiple, 0, -h % multiple)))[:, :, :h, :w]
+
+
+def slide(model: Callable, images: Tensor, size: int, stride: int, multiple: int = 32) -> Tensor:
+    """Logits (B, classes, H, W): the mean over windows of `size` that cover images (B, 3, H, W).
+
+    The last window of a row or column ends at the edge, as in mmsegmentation.
+    """
+
+    def starts(length: int) -> list[int]:
+        last = max(length - size, 0)
+        return [min(start, last) for start in range(0, last + stride, stride)]
+
+    h, w = images.shape[2:]
+    total, windows = 0, images.new_zeros(h, w)
+    for top in starts(h):
+        for left in starts(w):
+            window = images[:, :, top : top + size, left : left + size]
+            y, x = window.shape[2:]
+            logits = whole(model, window, multiple).float()
+            total = total + F.pad(logits, (left, w - left - x, top, h - top - y))
+            windows[top : top + y, left : left + x] += 1
+    return total / windows
+
+
+@torch.no_grad()
+def evaluate_segments(
+    models: list[nn.Module],
+    loader: mirl.Loader,
+    dtype: torch.dtype,
+    batch: int,
+    window: tuple[int, int] | None = None,
+) -> list[dict[str, float]]:
+    """Each model's `segmentation_scores`, at the labels' own size; an image counts once.
+
+    models: images (B, 3, H, W) -> logits (B, classes, H, W). window: size and stride for `slide`;
+    None for whole images.
+    """
+    classes = len(loader.data.classes)
+    matrices = torch.zeros(len(models), classes, classes, dtype=torch.int64, device=loader.device)
+    for model in models:
+        model.eval()
+    for images, labels in loader.epoch(0, mirl.in_order(len(loader.data.images), batch)):
+        alike = isinstance(images, Tensor) and isinstance(labels, Tensor)
+        singly = ((x[None], y[None]) for x, y in zip(images, labels) if y is not None)
+        for x, truth in [(images, labels)] if alike else singly:
+            for model, matrix in zip(models, matrices, strict=True):
+                with mirl.autocast(loader.device, dtype):
+                    forward = model.forward
+                    logits = slide(forward, x, *window) if window else whole(forward, x)
+                logits = resized(logits, truth.shape[1:])
+                matrix += confusion(logits.argmax(dim=1), truth, classes)
+    totals = sum(mirl.gather(matrices.cpu()))
+    return [segmentation_scores(matrix) for matrix in totals]
+
+
+def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits float32 (B, classes, *size)."""
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+
+
+def detections(image_id: int, output: dict[str, Tensor]) -> dict:
+    """What torchvision's model found on an image, as plain values, masks as pycocotools packs them.
+
+    output: boxes float (n, 4), scores (n,), labels int64 (n,), masks float (n, 1, h, w) in [0, 1].
+    """
+    from pycocotools import mask
+
+    masks = (output["masks"][:, 0] > 0.5).permute(1, 2, 0).byte().cpu().numpy()  # (h, w, n)
+    plain = {name: output[name].tolist() for name in ("boxes", "scores", "labels")}
+    return dict(image_id=image_id, **plain, masks=mask.encode(np.asfortranarray(masks)))
+
+
+def coco_scores(found: list[dict], file: str | Path) -> dict[str, float]:
+    """COCO's average precision of boxes and masks, in percent, over the images in `found`.
+
+    found: `detections` of each image, also of one with none. file: the annotations. The means are
+    over the thresholds 0.5, 0.55, …, 0.95 of IoU, or at 0.5 or 0.75; NaN where there is no object.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # both print their progress
+        truth = COCO(str(file))
+        kinds = sorted(truth.getCatIds())
+        results = [
+            dict(
+                image_id=one["image_id"],
+                category_id=kinds[label - 1],
+                bbox=[x, y, right - x, bottom - y],
+                segmentation=mask,
+                score=score,
+            )
+            for one in {one["image_id"]: one for one in found}.values()
+            for (x, y, right, bottom), label, mask, score in zip(
+                *(one[k] for k in ("boxes", "labels", "masks", "scores")), strict=True
+            )
+        ]
+        guesses = truth.loadRes(results) if results else COCO()
+        scores = {}
+        for name, kind in (("box", "bbox"), ("mask", "segm")):
+            measure = COCOeval(truth, guesses, kind)
+            measure.params.imgIds = sorted(one["image_id"] for one in found)
+            measure.evaluate()
+            measure.accumulate()
+            measure.summarize()
+            for suffix, value in zip(("ap", "ap50", "ap75"), measure.stats):
+                scores[f"{name}_{suffix}"] = 100 * float(value) if value >= 0 else math.nan
+    return scores
+
+
+@torch.no_grad()
+def evaluate_objects(
+    models: list[nn.Module], loader: mirl.Loader, batch: int, file: str | Path
+) -> list[dict[str, float]]:
+    """Each model's `coco_scores`; an image counts once.
+
+    models: a list of images (3, h, w) -> what `detections` takes, for each. file: the annotations.
+    """
+    found: list[list[dict]] = [[] for _ in models]
+    for model in models:
+        model.eval()
+    for images, targets in loader.epoch(0, mirl.in_order(len(loader.data.images), batch)):
+        for model, results in zip(models, found, strict=True):
+            for output, target in zip(model.forward(list(images)), targets, strict=True):
+                if target is not None:
+                    results.append(detections(target["image_id"], output))
+    everyone = mirl.gather(found)
+    scores = []
+    if mirl.RANK == 0:
+        parts = zip(*everyone, strict=True)
+        scores = [coco_scores([*itertools.chain(*part)], file) for part in parts]
+    return mirl.gather(scores)[0]
+
+
+def picture(image: Tensor, result: Tensor | dict[str, Tensor], classes: list[str]) -> Tensor:
+    """The image, uint8 (3, h, w), with what was found in it, enlarged if it is small.
+
+    result: of segmentation, the label of each pixel, int64 (h, w); each class has a colour, and its
+    name at one of its pixels. Of detection, all that `detections` takes, with names and scores.
+    """
+    by_pixel = isinstance(result, Tensor)
+    if by_pixel:
+        kinds = result.unique().tolist()
+        masks = torch.stack([result == k for k in kinds])  # (n, h, w)
+        middles = [mask.nonzero()[mask.sum() // 2].flip(0) for mask in masks]  # x, y
+        boxes = torch.stack([torch.cat([xy, xy + 1]) for xy in middles]).float()
+        names = [classes[k] for k in kinds]
+    else:
+        masks, boxes = result["masks"][:, 0] > 0.5, result["boxes"]
+        pairs = zip(result["labels"].tolist(), result["scores"].tolist(), strict=True)
+        names = [f"{classes[label - 1]} {score:.0%}" for label, score in pairs]
+        kinds = range(len(names))
+    colors = [PALETTE[k % len(PALETTE)] for k in kinds]
+    scale = math.ceil(512 / max(image.shape[1:]))
+    image, masks = (enlarged(x.cpu(), scale) for x in (image, masks))
+    if names:
+        image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
+        lines = "white" if by_pixel else colors
+        image = draw_bounding_boxes(image, boxes.cpu() * scale, names, lines, width=2)
+    return image
+
+
+# a colour for each class or object
+PALETTE = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6"]
+PALETTE += ["#bcf60c", "#fabebe", "#008080", "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3"]
+
+
+def enlarged(x: Tensor, scale: int) -> Tensor:
+    """(…, h, w) -> (…, scale · h, scale · w), each pixel as a square."""
+    return x.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ class Args(mirl.TrainingFlags):
     method: str = flag("mirl", "mirl, or mae: one segment and one plain decoder", ("mirl", "mae"))
     model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
     data: str | None = flag(
-        None, "shapes (embedded), cifar10, cifar100 (downloaded), or a folder of images"
+        None,
+        "shapes or scenes (embedded; scenes are for --image-size 64), cifar10, cifar100 "
+        "(downloaded), or a folder of images",
     )
     out: str | None = flag(None, "the run's folder; default runs/<method>-<recipe>")
     mask_ratio: float = flag(0.75, "share of the patches that are hidden from the encoder")

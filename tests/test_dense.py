@@ -1,0 +1,750 @@
+"""Data and measures of segmentation and detection: against loops, pycocotools, and the layouts."""
+
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, make_shapes, write_images
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as TF
+
+import mirl
+import train_finetune as tune
+from mirl import UserError, require_extra
+
+make_scenes = functools.cache(mirl.make_scenes)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# -- scenes --
+
+
+def test_scenes_are_the_same_every_time_and_hold_one_to_four_shapes():
+    a, b, c = make_scenes(300, 0), mirl.make_scenes(300, 0), make_scenes(300, 1)
+    assert a.images.shape == (300, 3, 64, 64) and a.images.dtype == torch.uint8
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(a.images, c.images)
+    seen = [{k for k in image.unique().tolist() if k} for image in a.instances]
+    assert seen == [{k + 1 for k in range(4) if row[k] >= 0} for row in a.kinds.tolist()]
+    assert {len(s) for s in seen} == {1, 2, 3, 4}
+    assert torch.bincount(a.kinds[a.kinds >= 0], minlength=4).min() > 100
+
+
+def test_masks_are_where_a_scene_differs_from_its_background():
+    """The background is a slope: a plane through the pixels far from any shape fits it."""
+    scenes = make_scenes(300, 0)
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    plane = torch.stack([x, y, torch.ones(64, 64)], dim=2)  # (h, w, 3)
+    inside = outside = 0
+    for image, instances in zip(scenes.images[:40], scenes.instances[:40], strict=True):
+        shape = (instances > 0).float()[None, None]
+        near, deep = F.max_pool2d(shape, 5, 1, 2), -F.max_pool2d(-shape, 3, 1, 1)
+        far, deep = near[0, 0] == 0, deep[0, 0] == 1  # without the antialiased outline
+        colours = image.permute(1, 2, 0).float()
+        slope = plane @ torch.linalg.lstsq(plane[far], colours[far]).solution
+        differs = (colours - slope).abs().amax(dim=2)
+        assert differs[far].max() < 1.5
+        inside, outside = inside + deep.sum(), outside + (deep & (differs < 1.5)).sum()
+    assert inside > 10_000 and outside / inside < 0.05  # a texture may cross the slope's colour
+
+
+def test_a_later_shape_covers_an_earlier_one():
+    """A disc of radius r has π r² pixels unless it is covered or cut."""
+    scenes = make_scenes(300, 0)
+    last = [row.nonzero().max() for row in (scenes.kinds >= 0).int()]
+    areas, covered = [], 0
+    for instances, kinds, k in zip(scenes.instances, scenes.kinds, last, strict=True):
+        mask = instances == k + 1
+        cut = mask[[0, -1]].any() or mask[:, [0, -1]].any()
+        if kinds[k] == 0 and not cut:
+            y, x = mask.nonzero().float().T
+            width, height = x.max() - x.min() + 1, y.max() - y.min() + 1
+            areas.append(mask.sum() / (math.pi / 4 * width * height))
+            others = (instances > 0) & ~mask
+            around = F.max_pool2d(mask[None, None].float(), 3, 1, 1)[0, 0] > 0
+            covered += bool((others & around).any())
+    assert len(areas) > 20 and covered > 5 and all(abs(a - 1) < 0.12 for a in areas)
+
+
+def test_scenes_are_data_for_pre_training(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(mirl, "make_scenes", lambda n, seed: sizes.append(n) or make_scenes(9, 0))
+    for split in ("train", "val"):
+        data = mirl.load_data("scenes", "", split)
+        assert data.images.shape == (9, 3, 64, 64) and data.labels.tolist() == [-1] * 9
+    assert sizes == [5000, 500] and data.classes == []
+
+
+# -- masks --
+
+
+def random_mask(h, w, seed):
+    """Blobs, so that runs have lengths from one to many columns."""
+    noise = torch.rand(1, 1, h // 2 + 2, w // 2 + 2, generator=generator(seed))
+    return F.interpolate(noise, size=(h, w), mode="bilinear")[0, 0] > 0.5
+
+
+def test_run_lengths_by_loops_and_by_pycocotools():
+    masks = [random_mask(7, 11, seed) for seed in range(9)]
+    masks += [torch.zeros(3, 4) > 0, torch.zeros(3, 4) < 1]
+    for mask in masks:
+        h, w = mask.shape
+        counts, value, run = [], False, 0
+        for column in range(w):
+            for row in range(h):
+                if bool(mask[row, column]) != value:
+                    counts, value, run = [*counts, run], not value, 0
+                run += 1
+        assert tune.run_lengths(mask) == [*counts, run]
+        kept = dict(size=[h, w], counts=tune.run_lengths(mask))
+        assert torch.equal(tune.draw_mask(kept, h, w), mask.to(torch.uint8))
+    coco = pytest.importorskip("pycocotools.mask")
+    for mask in masks:
+        h, w = mask.shape
+        packed = coco.encode(np.asfortranarray(mask.byte().numpy()))
+        kept = dict(size=[h, w], counts=tune.run_lengths(mask))
+        assert coco.frPyObjects(kept, h, w) == packed
+        packed["counts"] = packed["counts"].decode()
+        assert torch.equal(tune.draw_mask(packed, h, w), mask.to(torch.uint8))
+
+
+def test_polygons_are_filled_as_pycocotools_fills_them():
+    square = tune.draw_mask([[2, 1, 6, 1, 6, 4, 2, 4], [8, 0, 9, 0, 9, 2, 8, 2]], 5, 10)
+    expected = torch.zeros(5, 10, dtype=torch.uint8)
+    expected[1:4, 2:6] = expected[:2, 8] = 1
+    assert torch.equal(square, expected)
+    coco = pytest.importorskip("pycocotools.mask")
+    shares = []
+    for seed in range(30):
+        radius = 10 + 10 * torch.rand(8, generator=generator(seed))
+        angle = torch.arange(8) * math.pi / 4
+        points = torch.stack([35 + radius * angle.cos(), 25 + radius * angle.sin()], dim=1)
+        polygon = points.flatten().tolist()
+        theirs = coco.decode(coco.frPyObjects([polygon], 50, 70))[:, :, 0] > 0
+        ours = tune.draw_mask([polygon], 50, 70).numpy() > 0
+        shares.append((theirs & ours).sum() / (theirs | ours).sum())
+    assert min(shares) > 0.95
+
+
+# -- the two layouts --
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """12 training and 9 validation scenes in both layouts; the folder that holds theirs."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "SCENES", dict(train=(12, 2), val=(9, 3)))
+        tune.write_scenes(folder / "scenes")
+    assert [path.name for path in folder.iterdir()] == ["scenes"]
+    return folder
+
+
+def test_written_scenes_are_read_back(scenes):
+    for split, count, seed in (("train", 12, 2), ("val", 9, 3)):
+        truth = make_scenes(count, seed)
+        maps = tune.load_dense("segment", "scenes", str(scenes), split)
+        objects = tune.load_dense("detect", str(scenes / "scenes"), "", split)
+        assert maps.classes == ["background", *mirl.SHAPES] and objects.classes == [*mirl.SHAPES]
+        assert len(maps.images) == len(objects.images) == count
+        for i, (image, instances, kinds) in enumerate(zip(*truth, strict=True)):
+            seen, labels = maps.read(i)
+            assert torch.equal(seen, image)
+            semantic = torch.zeros(64, 64, dtype=torch.uint8)
+            for k, kind in enumerate(kinds.tolist(), start=1):
+                semantic[instances == k] = kind + 1
+            assert torch.equal(labels, semantic) and labels.dtype == torch.uint8
+            seen, target = objects.read(i)
+            assert torch.equal(seen, image) and target["image_id"] == i + 1
+            there = [k for k in range(4) if kinds[k] >= 0]
+            masks = torch.stack([instances == k + 1 for k in there])
+            wide = [bool(m.any(0).sum() >= 1 and m.any(1).sum() >= 1) for m in masks]
+            assert all(wide) and torch.equal(target["masks"] > 0, masks)
+            assert target["labels"].tolist() == [kinds[k] + 1 for k in there]
+            for box, mask in zip(target["boxes"].tolist(), masks, strict=True):
+                y, x = mask.nonzero().T
+                assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+
+
+def test_scenes_are_written_once_and_never_by_half(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "SCENES", dict(train=(3, 2), val=(2, 3)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tune, "run_lengths", lambda mask: (_ for _ in ()).throw(KeyboardInterrupt))
+        tune.load_dense("detect", "scenes", str(tmp_path), "val")
+    assert not list(tmp_path.iterdir())
+    assert len(tune.load_dense("detect", "scenes", str(tmp_path), "val").images) == 2
+    monkeypatch.setattr(tune, "write_scenes", None)
+    assert len(tune.load_dense("segment", "scenes", str(tmp_path), "train").images) == 3
+
+
+def ade(folder, count=3, size=(40, 30)):
+    """A few files as ADE20K has them: JPEG images, PNG maps of labels 0 to 150."""
+    info = [
+        "Idx\tRatio\tTrain\tVal\tStuff\tName",
+        *(f"{k}\t0\t1\t1\t0\tkind {k}" for k in range(1, 151)),
+    ]
+    (folder / "images").mkdir(parents=True)
+    (folder / "objectInfo150.txt").write_text("\n".join(info) + "\n")
+    for part, name in (("training", "ADE_train"), ("validation", "ADE_val")):
+        write_images(folder / "images" / part, count)
+        (folder / "annotations" / part).mkdir(parents=True)
+        for i, path in enumerate(sorted((folder / "images" / part).iterdir())):
+            Image.open(path).resize(size).save(path.with_name(f"{name}_{i:08d}.jpg"))
+            path.unlink()
+            labels = torch.randint(151, size[::-1], generator=generator(i), dtype=torch.uint8)
+            file = folder / "annotations" / part / f"{name}_{i:08d}.png"
+            Image.fromarray(labels.numpy()).save(file)
+    return folder
+
+
+def test_ade20k(tmp_path):
+    data = tune.load_dense("segment", str(ade(tmp_path)), "", "val")
+    assert len(data.images) == 3 and data.classes[0] == "kind 1" and len(data.classes) == 150
+    image, labels = data.read(1)
+    file = tmp_path / "annotations" / "validation" / "ADE_val_00000001.png"
+    assert image.shape == (3, 30, 40) and isinstance(labels, tv_tensors.Mask)
+    for got, kept in zip(labels.flatten(), np.array(Image.open(file)).flatten(), strict=True):
+        assert got == (255 if kept == 0 else kept - 1)
+    (tmp_path / "objectInfo150.txt").unlink()
+    assert len(tune.load_dense("segment", str(tmp_path), "", "val").classes) == 150
+    two = data.select(torch.tensor([2, 0]))
+    assert torch.equal(two.read(0)[1], data.read(2)[1]) and two.digest() != data.digest()
+    assert tune.load_dense("segment", str(tmp_path), "", "train").digest() != data.digest()
+
+
+def test_labels_outside_the_range_are_named(tmp_path):
+    (ade(tmp_path) / "classes.txt").write_text("one\ntwo\n")
+    data = tune.load_dense("segment", str(tmp_path), "", "train")
+    file = tmp_path / "annotations" / "training" / "ADE_train_00000000.png"
+    Image.fromarray(np.array([[0, 1, 2, 255]] * 30, np.uint8).repeat(10, axis=1)).save(file)
+    assert data.read(0)[1].unique().tolist() == [0, 1, 255]
+    with pytest.raises(UserError, match=r"00000001\.png has the label .*the classes are 1 to 2"):
+        data.read(1)
+    Image.new("L", (7, 5)).save(file)
+    with pytest.raises(UserError, match=r"00000000\.png is no map of one label for each pixel"):
+        data.read(0)
+    Image.new("RGB", (40, 30)).save(file)
+    with pytest.raises(UserError, match="is no map"):
+        data.read(0)
+
+
+def test_segmentation_folders_that_cannot_be_used(tmp_path):
+    def load(name):
+        return tune.load_dense("segment", str(tmp_path / name), "", "train")
+
+    with pytest.raises(UserError, match="there is no such folder"):
+        load("none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="images/training holds no images"):
+        load("empty")
+    ade(tmp_path / "a").joinpath("annotations/training/ADE_train_00000001.png").unlink()
+    with pytest.raises(UserError, match=r"has no annotation .*ADE_train_00000001.* for an image"):
+        load("a")
+    ade(tmp_path / "b").joinpath("images/training/ADE_train_00000002.jpg").unlink()
+    with pytest.raises(UserError, match=r"has no image .*ADE_train_00000002.* for an annotation"):
+        load("b")
+    ade(tmp_path / "c").joinpath("classes.txt").write_text("\n".join("x" * 255))
+    with pytest.raises(UserError, match="must name 1 to 254 classes"):
+        load("c")
+
+
+def polygon(x, y, w, h):
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def coco(folder, change=lambda content: None):
+    """A few files as COCO has them: ids with holes, polygons, a crowd, an image without objects."""
+
+    def thing(image, kind, box, segmentation=None, iscrowd=0):
+        return dict(
+            id=len(things) + 900,
+            image_id=image,
+            category_id=kind,
+            bbox=box,
+            area=box[2] * box[3],
+            segmentation=segmentation or polygon(*box),
+            iscrowd=iscrowd,
+        )
+
+    things = []
+    things.append(thing(139, 90, [5.0, 4.0, 20.0, 10.0]))
+    things.append(thing(139, 1, [30.0, 20.0, 25.0, 30.0]))  # beyond the edges
+    things.append(thing(139, 3, [8.0, 8.0, 0.0, 6.0]))
+    crowd = dict(size=[31, 45], counts=[100, 200, 31 * 45 - 300])
+    things.append(thing(139, 1, [3, 0, 7, 31], crowd, iscrowd=1))
+    things.append(thing(724, 3, [10.0, 2.0, 12.0, 20.0]))
+    names = {139: "000000000139.jpg", 285: "000000000285.jpg", 724: "000000000724.jpg"}
+    images = [dict(id=k, file_name=n, height=31, width=45, license=1) for k, n in names.items()]
+    kinds = [(90, "toothbrush"), (1, "person"), (3, "car")]
+    categories = [dict(id=k, name=name, supercategory="thing") for k, name in kinds]
+    content = dict(images=images, annotations=things, categories=categories, info={})
+    change(content)
+    (folder / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        write_images(folder / f"{split}2017", 3)
+        for path, name in zip(sorted((folder / f"{split}2017").iterdir()), names.values()):
+            Image.open(path).resize((45, 31)).save(path.with_name(name))
+            path.unlink()
+        tune.annotation_file(folder, split).write_text(json.dumps(content))
+    return folder
+
+
+def test_coco(tmp_path):
+    train, val = (
+        tune.load_dense("detect", str(coco(tmp_path / s)), "", s) for s in ("train", "val")
+    )
+    assert len(train.images) == 2 and len(val.images) == 3  # 285 has no annotation
+    assert train.classes == ["person", "car", "toothbrush"]
+    image, target = train.read(0)
+    assert image.shape == (3, 31, 45) and target["image_id"] == 139
+    assert target["labels"].tolist() == [3, 1] and target["labels"].dtype == torch.int64
+    assert target["boxes"].tolist() == [[5, 4, 25, 14], [30, 20, 45, 31]]
+    expected = torch.zeros(2, 31, 45, dtype=torch.uint8)
+    expected[0, 4:14, 5:25] = expected[1, 20:, 30:] = 1
+    assert torch.equal(target["masks"], expected)
+    _, nothing = val.read(1)
+    assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 31, 45)
+    assert nothing["labels"].shape == (0,) and nothing["image_id"] == 285
+    swapped = train.select(torch.tensor([1, 0]))
+    assert swapped.read(1)[1]["image_id"] == 139 and swapped.digest() != train.digest()
+
+
+def drop(*keys):
+    def change(content):
+        for key in keys:
+            del content[key]
+
+    return change
+
+
+def nowhere(content):
+    content["annotations"][0]["image_id"] = 5
+
+
+def unheard(content):
+    content["annotations"][0]["category_id"] = 77
+
+
+BROKEN = [
+    (drop("images"), "is no file of COCO's instances .KeyError..images"),
+    (drop("annotations", "categories"), "is no file of COCO's instances"),
+    (lambda content: content.update(annotations=[7]), "is no file of COCO's instances"),
+    (lambda content: content.update(images=[], annotations=[]), "names no images"),
+    (lambda content: content.update(annotations=[]), "has no annotation of any image"),
+    (nowhere, r"has annotations of image \[5\], which it does not list"),
+    (unheard, r"has annotations of category \[77\], which it does not list"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN)
+def test_files_that_are_not_cocos(tmp_path, change, message):
+    with pytest.raises(UserError, match=f"instances_train2017.json {message}"):
+        tune.load_dense("detect", str(coco(tmp_path / "a", change)), "", "train")
+
+
+def test_detection_folders_that_cannot_be_used(tmp_path):
+    with pytest.raises(UserError, match=r"there is no .*instances_train2017\.json"):
+        tune.load_dense("detect", str(tmp_path), "", "train")
+    coco(tmp_path / "a")
+    (tmp_path / "a/train2017/000000000285.jpg").unlink()
+    with pytest.raises(UserError, match=r"the image .'000000000285.jpg'., which is not in"):
+        tune.load_dense("detect", str(tmp_path / "a"), "", "train")
+    tune.annotation_file(tmp_path / "a", "train").write_text("{")
+    with pytest.raises(UserError, match="is no file of COCO's instances"):
+        tune.load_dense("detect", str(tmp_path / "a"), "", "train")
+
+
+def test_compressed_masks_need_pycocotools(tmp_path, monkeypatch):
+    def pack(content):
+        content["annotations"][0]["segmentation"] = dict(size=[31, 45], counts="PPYo0")
+
+    coco(tmp_path / "a", pack)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"with compressed masks, needs pycocotools: .*\[coco\]"):
+        tune.load_dense("detect", str(tmp_path / "a"), "", "train")
+
+
+# -- the loader --
+
+
+def loader(data, transform, workers=0, **more):
+    return mirl.Loader(data, transform, 0, CPU, workers, **more)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_segments(scenes, workers):
+    data = tune.load_dense("segment", "scenes", str(scenes), "train")
+    batches = loader(data, tune.segment_transform(64, True), workers)
+    first, again = ([*batches.epoch(0, [[0, 1, 2], [3, 4]])] for _ in range(2))
+    assert [x.shape for x, _ in first] == [(3, 3, 64, 64), (2, 3, 64, 64)]
+    assert [y.shape for _, y in first] == [(3, 64, 64), (2, 64, 64)]
+    assert first[0][0].dtype == torch.float32 and first[0][1].dtype == torch.uint8
+    assert not isinstance(first[0][1], tv_tensors.TVTensor)
+    assert all(torch.equal(x, y) for a, b in zip(first, again) for x, y in zip(a, b))
+    other = [*batches.epoch(1, [[0, 1, 2], [3, 4]])]
+    assert not torch.equal(other[0][0], first[0][0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_objects(scenes, workers):
+    data = tune.load_dense("detect", "scenes", str(scenes), "val")
+    batches = loader(data, tune.detect_transform(False), workers)
+    (images, targets), (_, last) = batches.epoch(0, [[0, 1, 2], [4]])
+    assert images.shape == (3, 3, 64, 64) and [t["image_id"] for t in [*targets, *last]] == [
+        1,
+        2,
+        3,
+        5,
+    ]
+    image, target = data.read(1)
+    assert torch.equal(images[1], mirl.normalise_images(image.as_subclass(torch.Tensor)))
+    for name in ("boxes", "masks", "labels"):
+        assert torch.equal(targets[1][name], target[name])
+        assert not isinstance(targets[1][name], tv_tensors.TVTensor)
+
+
+def test_images_of_several_sizes_come_as_lists(tmp_path):
+    ade(tmp_path)
+    path = tmp_path / "images" / "validation" / "ADE_val_00000000.jpg"
+    Image.open(path).resize((20, 60)).save(path)
+    path = tmp_path / "annotations" / "validation" / "ADE_val_00000000.png"
+    Image.new("L", (20, 60), 7).save(path)
+    data = tune.load_dense("segment", str(tmp_path), "", "val")
+    [(images, labels)] = loader(data, tune.segment_transform(80, False)).epoch(0, [[0, 1, 2]])
+    assert [tuple(x.shape) for x in images] == [(3, 240, 80), (3, 80, 106), (3, 80, 106)]
+    assert [tuple(x.shape) for x in labels] == [(60, 20), (30, 40), (30, 40)]
+    resized = TF.resize(data.read(1)[0], 80).as_subclass(torch.Tensor)
+    assert torch.equal(images[1], mirl.normalise_images(resized))
+
+
+def damage(folder, task):
+    """Break the second image and the fourth annotation."""
+    names = sorted(folder.glob("images/validation/*" if task == "segment" else "val2017/*"))
+    names[1].write_bytes(b"not an image")
+    if task == "segment":
+        path = folder / "annotations" / "validation" / names[3].name
+        path.write_bytes(path.read_bytes()[:80])
+        return
+    file = tune.annotation_file(folder, "val")
+    content = json.loads(file.read_text())
+    for x in content["annotations"]:
+        if x["image_id"] == 4:
+            x["segmentation"]["counts"][0] += 1
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_what_cannot_be_read_is_replaced_named_and_counted(tmp_path, monkeypatch, capsys, task):
+    monkeypatch.setattr(tune, "SCENES", dict(train=(1, 2), val=(6, 3)))
+    tune.load_dense(task, "scenes", str(tmp_path), "val")
+    damage(tmp_path / "scenes", task)
+    data = tune.load_dense(task, "scenes", str(tmp_path), "val")
+    transform = tune.segment_transform(64, False) if task == "segment" else tune.detect_transform(0)
+    one, two = loader(data, transform), loader(data, transform, keep_labels=False)
+    [(images, targets)] = one.epoch(0, [[0, 1, 2, 3, 4, 5]])
+    [(_, known)] = two.epoch(0, [[0, 1, 2, 3, 4, 5]])
+    assert [i for i, target in enumerate(known) if target is None] == [1, 3]
+    assert torch.equal(images[1], images[2]) and torch.equal(images[3], images[4])
+    for a, b in ((1, 2), (3, 4)):
+        x, y = targets[a], targets[b]
+        assert torch.equal(x, y) if task == "segment" else x["image_id"] == y["image_id"]
+    printed = capsys.readouterr().out.splitlines()
+    told = "warning: {} or its annotation cannot be read: another image is in its place"
+    bad = [data.name(i).removesuffix(" or its annotation") for i in (1, 3)]
+    assert printed == [told.format(name) for name in bad] * 2
+    assert len(one.corrupt) == 2
+    if task == "segment":  # in validation it counts for nothing, here for a model that sees class 0
+        model = Constant(5)
+        [scores] = tune.evaluate_segments([model], two, torch.float32, 4)
+        truth = torch.stack([data.read(i)[1].as_subclass(torch.Tensor) for i in (0, 2, 4, 5)])
+        assert scores["aacc"] == pytest.approx(100 * (truth == 0).float().mean().item())
+
+
+class Constant(torch.nn.Module):
+    """Sees class 0 everywhere."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images):
+        logits = images.new_zeros(len(images), self.classes, *images.shape[2:])
+        logits[:, 0] = 1
+        return logits
+
+
+# -- transforms --
+
+
+def marked(h, w):
+    """An image whose pixels differ, and labels that say which of its pixels are bright."""
+    image = torch.rand(1, h // 16, w // 16, generator=generator()) > 0.5
+    image = image.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    labels = tv_tensors.Mask(image[0].to(torch.uint8))
+    return tv_tensors.Image(image.expand(3, h, w) * torch.tensor(200, dtype=torch.uint8)), labels
+
+
+@pytest.mark.parametrize(
+    ("size", "h", "w"), [(96, 160, 240), (96, 96, 96), (64, 64, 64), (64, 32, 80)]
+)
+def test_segment_transforms_move_image_and_labels_alike(size, h, w):
+    torch.manual_seed(0)
+    transform, sides = tune.segment_transform(size, True), set()
+    for _ in range(20):
+        image, labels = transform(*marked(h, w))
+        assert image.shape == (3, size, size) and labels.shape == (size, size)
+        assert image.dtype == labels.dtype == torch.uint8
+        known = labels != 255
+        bright = image.float().mean(dim=0) > image.float().mean(dim=0)[known].mean()
+        assert (bright == (labels == 1))[known].float().mean() > 0.85
+        sides.add(int(known.sum()))
+    assert (len(sides) > 1) == (size > 64)  # scales differ, but for small images
+    image, labels = tune.segment_transform(size, False)(*marked(h, w))
+    assert min(image.shape[1:]) == size and labels.shape == (h, w)
+
+
+def test_scales_are_spread_from_a_half_to_two():
+    torch.manual_seed(0)
+    scale = tune.segment_transform(100, True).transforms[0]
+    image, labels = tv_tensors.Image(torch.zeros(3, 20, 30)), tv_tensors.Mask(torch.zeros(20, 30))
+    sides = torch.tensor([min(scale(image, labels)[0].shape[1:]) for _ in range(300)]).float()
+    assert 50 <= sides.min() < 60 and 190 < sides.max() <= 200 and abs(sides.mean() - 125) < 8
+
+
+def test_a_crop_is_drawn_anew_while_one_class_covers_too_much():
+    """One class but for a corner: a single draw hits the corner seldom, eleven often."""
+    torch.manual_seed(0)
+    labels = torch.zeros(100, 100, dtype=torch.uint8)
+    labels[:40, :40] = 1
+    labels[60:, 60:] = 255  # counts for nothing
+    image, labels = tv_tensors.Image(labels.expand(3, 100, 100)), tv_tensors.Mask(labels)
+    crop = tune.VariedCrop(40)
+
+    def varied(labels):
+        counts = torch.bincount(labels.flatten().long(), minlength=256)[:255]
+        return bool(counts.max() <= 0.75 * counts.sum())
+
+    often = sum(varied(crop(image, labels)[1]) for _ in range(200)) / 200
+    once = sum(varied(labels[t : t + 40, l : l + 40]) for t in range(61) for l in range(61)) / 61**2
+    assert once < 0.3 and abs(often - (1 - (1 - once) ** 11)) < 0.1
+
+
+def test_missing_pixels_are_ignored_and_of_the_mean_colour():
+    image = tv_tensors.Image(torch.full((3, 20, 50), 9, dtype=torch.uint8))
+    image, labels = tune.VariedCrop(40)(image, tv_tensors.Mask(torch.ones_like(image[0])))
+    missing = labels == 255
+    assert missing.sum() == 20 * 40 and (image[:, ~missing] == 9).all()
+    assert mirl.normalise_images(image)[:, missing].abs().max() < 0.02
+
+
+def test_detect_transforms_move_boxes_and_masks_alike(tmp_path):
+    data = tune.load_dense("detect", str(coco(tmp_path / "a")), "", "train")
+    image, target = data.read(0)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(9):
+        moved, objects = tune.detect_transform(True)(image, target)
+        flipped = not torch.equal(moved, image)
+        seen.add(flipped)
+        assert torch.equal(moved, image.flip(2) if flipped else image)
+        for box, mask in zip(objects["boxes"].tolist(), objects["masks"], strict=True):
+            y, x = mask.nonzero().T
+            assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        assert objects["labels"].tolist() == [3, 1] and objects["image_id"] == 139
+    assert seen == {False, True}
+
+
+# -- measures --
+
+
+def test_segmentation_scores_by_loops():
+    g = generator()
+    truth = torch.randint(6, (2, 9, 7), generator=g).to(torch.uint8)
+    truth[truth == 5] = 255
+    truth[truth == 3] = 0  # class 3 is predicted alone
+    guess = torch.randint(5, (2, 9, 7), generator=g)
+    guess[guess == 4] = 1  # and class 4 is in the labels alone
+    ious, accuracies, right, pixels = [], [], 0, 0
+    for c in range(7):  # classes 5 and 6 are nowhere
+        both = either = own = 0
+        for t, p in zip(truth.flatten().tolist(), guess.flatten().tolist(), strict=True):
+            if t != 255:
+                both, either = both + (t == p == c), either + (c in (t, p))
+                own += t == c
+        right, pixels = right + both, pixels + own
+        ious += [both / either] if either else []
+        accuracies += [both / own] if own else []
+    matrix = tune.confusion(guess, truth, 7)
+    assert matrix.dtype == torch.int64 and matrix.sum() == pixels == (truth != 255).sum()
+    scores = tune.segmentation_scores(matrix)
+    assert len(ious) == 5 and len(accuracies) == 4
+    assert scores["miou"] == pytest.approx(100 * sum(ious) / 5)
+    assert scores["macc"] == pytest.approx(100 * sum(accuracies) / 4)
+    assert scores["aacc"] == pytest.approx(100 * right / pixels)
+
+
+def local(images):
+    """A model of patches of 4: what it says of a pixel follows from its patch alone, and the place
+    of the patch in what the model sees."""
+    pooled = F.avg_pool2d(images, 4)
+    place = torch.linspace(0, 1, pooled.shape[3])
+    logits = torch.stack([pooled.sum(1), pooled[:, 0] * place, pooled[:, 1].square()], dim=1)
+    return logits.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def test_an_image_of_one_window_is_seen_whole():
+    images = torch.randn(2, 3, 16, 16, generator=generator())
+    torch.testing.assert_close(tune.slide(local, images, 16, 8, 4), local(images))
+    smaller = images[:, :, :10, :13]
+    padded = local(F.pad(smaller, (0, 3, 0, 2)))[:, :, :10, :13]
+    torch.testing.assert_close(tune.slide(local, smaller, 16, 8, 4), padded)
+    torch.testing.assert_close(tune.whole(local, smaller, 4), padded)
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "stride"), [(16, 40, 11), (21, 37, 11), (33, 16, 8), (48, 32, 16)]
+)
+def test_windows_by_loops(h, w, stride):
+    images, size = torch.randn(2, 3, h, w, generator=generator()), 16
+
+    def windows(length):
+        count = math.ceil(max(length - size, 0) / stride) + 1
+        return [min(i * stride, length - size) for i in range(count)]
+
+    sums, counts = torch.zeros(2, 3, h, w), torch.zeros(h, w)
+    for y in windows(h):
+        for x in windows(w):
+            logits = local(images[:, :, y : y + size, x : x + size])
+            for i in range(size):
+                for j in range(size):
+                    sums[:, :, y + i, x + j] += logits[:, :, i, j]
+                    counts[y + i, x + j] += 1
+    assert counts.min() == 1 and windows(h)[-1] + size == h
+    torch.testing.assert_close(tune.slide(local, images, size, stride, 4), sums / counts)
+
+
+class Knows(torch.nn.Module):
+    """A model that reads the brightness: class 1 where it is over the mean, else class 0."""
+
+    def forward(self, images):
+        bright = images.mean(dim=1, keepdim=True)
+        return torch.cat([-bright, bright, bright - 99], dim=1)
+
+
+@pytest.mark.parametrize("window", [None, (32, 20)])
+def test_segments_are_scored_at_the_size_of_the_labels(tmp_path, window):
+    """Images of two sizes, and labels that are what the model sees but for an eighth."""
+    for part in ("training", "validation"):
+        for folder in ("images", "annotations"):
+            (tmp_path / folder / part).mkdir(parents=True)
+        for i, (h, w) in enumerate(((48, 96), (96, 48), (96, 48))):
+            image, labels = marked(h, w)
+            TF.to_pil_image(image).save(tmp_path / "images" / part / f"{i}.png")
+            labels = labels + 1
+            labels[: h // 8] = 3
+            TF.to_pil_image(labels).save(tmp_path / "annotations" / part / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("dark\nbright\nnever\n")
+    data = tune.load_dense("segment", str(tmp_path), "", "val")
+    transform = tune.segment_transform(48, False)
+    [scores] = tune.evaluate_segments([Knows()], loader(data, transform), torch.float32, 2, window)
+    assert scores["aacc"] == pytest.approx(87.5) and scores["macc"] == pytest.approx(200 / 3)
+
+
+def perfect(data, i, shift=0.0):
+    """What a model would find that knew the objects, its boxes and masks shifted."""
+    _, target = data.read(i)
+    masks = target["masks"].float().roll(round(shift), dims=2)[:, None]
+    boxes = target["boxes"] + shift * torch.tensor([1, 0, 1, 0])
+    return dict(target, boxes=boxes, masks=masks, scores=torch.ones(len(masks)))
+
+
+class Remembers(torch.nn.Module):
+    """Finds what it was told to, image after image."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, images):
+        return [self.outputs.pop(0) for _ in images]
+
+
+def test_average_precision_of_perfect_and_of_shifted_objects(tmp_path, capsys):
+    pytest.importorskip("pycocotools")
+
+    def inside(content):  # what is beyond the edges or without width is no object that can be found
+        del content["annotations"][1:3]
+
+    data = tune.load_dense("detect", str(coco(tmp_path / "a", inside)), "", "val")
+    file = tune.annotation_file(tmp_path / "a", "val")
+    models = [Remembers([perfect(data, i, shift) for i in range(3)]) for shift in (0, 3, 99)]
+    one = loader(data, tune.detect_transform(False), keep_labels=False)
+    right, shifted, wrong = tune.evaluate_objects(models, one, 2, file)
+    names = [f"{kind}_{ap}" for kind in ("box", "mask") for ap in ("ap", "ap50", "ap75")]
+    assert [*right] == names and [*right.values()] == pytest.approx([100] * 6)
+    # shifted by 3, IoUs are (20 − 3)/(20 + 3) = 0.74 and (12 − 3)/(12 + 3) = 0.6: of ten thresholds
+    # five and three are reached
+    assert shifted["box_ap"] == pytest.approx(100 * (0.5 + 0.3) / 2)
+    assert shifted["box_ap50"] == pytest.approx(100) and shifted["box_ap75"] == 0
+    assert 30 <= shifted["mask_ap"] < 50 and wrong["box_ap50"] == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_average_precision_of_scenes_counts_an_image_once(scenes):
+    pytest.importorskip("pycocotools")
+    data = tune.load_dense("detect", "scenes", str(scenes), "val")
+    file = tune.annotation_file(scenes / "scenes", "val")
+    found = [tune.detections(i + 1, perfect(data, i)) for i in range(9)]
+    assert {round(x, 6) for x in tune.coco_scores(found, file).values()} == {100}
+    assert tune.coco_scores(found + found, file) == tune.coco_scores(found, file)
+    half = [one for one in found if one["image_id"] < 5]
+    assert tune.coco_scores(half, file)["mask_ap"] == pytest.approx(100)  # over these images
+    nothing = [dict(one, boxes=[], labels=[], masks=[], scores=[]) for one in found]
+    assert tune.coco_scores(nothing, file)["box_ap"] == 0
+
+
+def test_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs pycocotools: pip install -e '\.\[coco\]'"):
+        require_extra("pycocotools", "average precision")
+
+
+# -- pictures --
+
+
+def test_pictures_show_what_was_found(scenes):
+    maps = tune.load_dense("segment", "scenes", str(scenes), "val")
+    objects = tune.load_dense("detect", "scenes", str(scenes), "val")
+    image, labels = (x.as_subclass(torch.Tensor) for x in maps.read(0))
+    whole = tune.picture(image, labels.long(), maps.classes)
+    boxed = tune.picture(image, perfect(objects, 0), objects.classes)
+    large = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    assert whole.shape == boxed.shape == large.shape and whole.dtype == torch.uint8
+    # each class of pixels moves half-way to one colour, but for the names
+    half = large.int() / 2
+    tint = (whole.int() - half).permute(1, 2, 0)
+    for k in labels.unique().tolist():
+        there = (labels == k).repeat_interleave(8, 0).repeat_interleave(8, 1)
+        middle = tint[there].median(dim=0)[0]
+        assert ((tint[there] - middle).abs().amax(1) <= 2).float().mean() > 0.9
+    # nothing is drawn away from the boxes
+    away = torch.ones(512, 512, dtype=torch.bool)
+    for left, top, right, bottom in (8 * objects.read(0)[1]["boxes"]).int().tolist():
+        away[max(0, top - 20) : bottom + 20, max(0, left - 20) : right + 120] = False
+    assert torch.equal(boxed[:, away], large[:, away]) and not torch.equal(boxed, large)
+    empty = dict(boxes=torch.zeros(0, 4), masks=torch.zeros(0, 1, 64, 64))
+    empty |= dict(labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))
+    assert torch.equal(tune.picture(image, empty, objects.classes), large)
+
+
+def test_shapes_are_drawn_as_before():
+    """Bit for bit: published figures rest on them."""
+    assert make_shapes(33, 0).digest().startswith("7360b0a26e96a668")
