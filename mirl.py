@@ -1551,15 +1551,16 @@ def parameter_groups(
 def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine") -> float:
     """The learning rate of a 0-based step as a share of its peak.
 
-    A linear warm-up that reaches 1 at its last step, then "cosine" decay to 0 [S A.1], or "step":
-    a tenth after 2/3 of the run and a hundredth after 8/9 of it (S Table 3 used a step-wise decay
-    without giving its steps).
+    A linear warm-up that reaches 1 at its last step, then "cosine" [S A.1] or "linear" decay to 0,
+    or "step": a tenth after 2/3 of the run and a hundredth after 11/12 of it, which are the 8th and
+    11th of the 12 epochs usual for detection (S Table 3 and A.2 give no steps).
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "step":
-        return 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 8 / 9))
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+        return 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 11 / 12))
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 # These flags may differ on a resume. Any other would make the steps done those of another run.
@@ -2163,7 +2164,9 @@ class TrainingFlags:
     base_lr: float | None = flag(
         None, "learning rate for a batch of 256; raise it for small models and short runs", above=0
     )
-    schedule: str = flag("cosine", "cosine to 0, or a step-wise decay", ("cosine", "step"))
+    schedule: str = flag(
+        "cosine", "cosine or linear to 0, or a step-wise decay", ("cosine", "linear", "step")
+    )
     weight_decay: float = flag(
         0.05, "AdamW's, for weights; biases, norms and tokens have none", low=0
     )
@@ -2238,7 +2241,9 @@ def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[s
             options |= dict(type=kind, metavar=kind.__name__.upper())
         parser.add_argument(name_of(f), **options)
     if recipes:
-        parser.set_defaults(**recipes[parser.parse_known_args(argv)[0].recipe])
+        known = parser.parse_known_args(argv)[0]
+        own = f"{known.recipe}-{getattr(known, 'task', '')}"  # a task may have its own
+        parser.set_defaults(**recipes[own if own in recipes else known.recipe])
     args = cls(**vars(parser.parse_args(argv)))
     for f in dataclasses.fields(cls):
         check_flag(name_of(f), getattr(args, f.name), **f.metadata["limits"])

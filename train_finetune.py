@@ -16,6 +16,9 @@ One GPU, CIFAR-10:
         train_finetune.py --recipe imagenet --data /data/imagenet --out /shared/run \\
         --from /shared/encoder.pt --resume
 
+Segmentation and detection, from the same encoder:
+    python train_finetune.py --task segment                      (or detect)
+
 Without fine-tuning:
     python train_finetune.py --protocol knn --from ENCODER       (or linear, or blocks)
     python train_finetune.py --eval --from FINETUNED
@@ -29,6 +32,7 @@ raw-last.pt, raw-best.pt, ema-last.pt, ema-best.pt.
 import contextlib
 import copy
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -49,7 +53,7 @@ from torchvision import tv_tensors
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 import mirl
 from mirl import UserError, flag, require, say
@@ -67,6 +71,20 @@ RECIPES = {
     # [S A.1, Table 2]; what differs between the models is in TABLE_2
     "imagenet": dict(model="vit_b", data="data/imagenet", warmup_epochs=20, batch_size=2048,
                      base_lr=7.5e-4, randaug=9.0, mixup=0.8, cutmix=1.0, ema_decay=0.9998),
+    # what --task makes of quick
+    "quick-segment": dict(task="segment", model="vit_nano", data="scenes", image_size=64, epochs=30,
+                          warmup_epochs=2, batch_size=16, base_lr=1.6e-2, layer_decay=0.75,
+                          drop_path=0.0, ema_decay=0.0, head_width=64),
+    "quick-detect": dict(task="detect", model="vit_nano", data="scenes", image_size=64, epochs=30,
+                         warmup_epochs=2, batch_size=16, base_lr=1.6e-2, layer_decay=0.75,
+                         drop_path=0.0, ema_decay=0.0, head_width=64),
+    # [S A.2]; the layer decay is by --model
+    "ade20k": dict(task="segment", model="vit_b", data="data/ade20k", image_size=512, epochs=127,
+                   warmup_epochs=1.19, batch_size=16, base_lr=3.2e-3, schedule="linear",
+                   drop_path=0.1, ema_decay=0.0),
+    "coco": dict(task="detect", model="vit_b", data="data/coco", image_size=800, epochs=12,
+                 warmup_epochs=0.07, batch_size=16, base_lr=1.6e-3, schedule="step",
+                 drop_path=0.1, ema_decay=0.0),
 }
 # fmt: on
 
@@ -79,6 +97,9 @@ TABLE_2 = {
     "vit_b_48": dict(layer_decay=0.88, epochs=50, drop_path=0.2),
 }
 
+# The layer decay of the other tasks [S A.2; BEiT's for segmentation]; 0.88 for deep models.
+LAYER_DECAY = {"segment": 0.65, "detect": 0.75}
+
 
 @dataclass
 class Args(mirl.TrainingFlags):
@@ -86,6 +107,12 @@ class Args(mirl.TrainingFlags):
         "quick",
         "values for the flags whose help lists one by recipe; a flag that you give wins",
         tuple(RECIPES),
+    )
+    task: str = flag(
+        "classify",
+        "classify images; segment (UperNet), a class for every pixel; or detect (Mask R-CNN), "
+        "objects with their boxes and masks. A recipe has its task",
+        ("classify", "segment", "detect"),
     )
     from_: str | None = flag(
         None,
@@ -101,7 +128,9 @@ class Args(mirl.TrainingFlags):
         "evaluate the fine-tuned model --from, of whatever --model, on the validation images",
     )
     predict: tuple[str, ...] | None = flag(
-        None, "print what the fine-tuned model --from sees in these image files, and stop"
+        None,
+        "print what the fine-tuned model --from sees in these image files, and stop; what is "
+        "segmented or detected is also drawn, into --out",
     )
     protocol: str = flag(
         "finetune",
@@ -114,7 +143,8 @@ class Args(mirl.TrainingFlags):
     data: str | None = flag(
         None,
         "shapes (embedded), cifar10, cifar100 (downloaded), or a folder of train/<class>/ and "
-        "val/<class>/",
+        "val/<class>/; to segment or detect, scenes (embedded) or a folder in the layout of ADE20K "
+        "or COCO",
     )
     train_images: int | None = flag(
         None,
@@ -156,22 +186,44 @@ class Args(mirl.TrainingFlags):
         high=1,
     )
     pool: str = flag("mean", "the head's input: mean over patches, or cls", ("mean", "cls"))
+    head_width: int | None = flag(
+        None,
+        "channels of what segments or detects; default the encoder's width, or 256 to detect",
+        low=8,
+    )
+    slide: bool = flag(
+        False, "evaluate segmentation by windows of --image-size, two thirds of it apart"
+    )
 
 
 def parse(argv: list[str] | None = None) -> Args:
     args = mirl.parse_flags(Args, argv, __doc__, RECIPES)
+    recipe = RECIPES.get(f"{args.recipe}-{args.task}", RECIPES[args.recipe])
+    made_for = recipe.get("task", "classify")
+    require(
+        made_for == args.task,
+        f"--recipe {args.recipe} is for --task {made_for}, not {args.task}",
+    )
+    if args.task != "classify":
+        given = [f"--{name}" for name in ("randaug", "mixup", "cutmix") if getattr(args, name)]
+        given += ["--erasing"] * bool(args.erasing)
+        given += [f"--protocol {args.protocol}"] * (args.protocol != "finetune")
+        require(not given, f"{', '.join(given)}: this is for --task classify")
+        deep = args.model in mirl.MODELS and mirl.MODELS[args.model].depth >= 48
+        args.layer_decay = args.layer_decay or (0.88 if deep else LAYER_DECAY[args.task])
+    require(not args.slide or args.task == "segment", "--slide is for --task segment")
     for name, value in TABLE_2.get(args.model, TABLE_2["vit_b"]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.settle(f"runs/finetune-{args.recipe}")
+    args.settle(f"runs/{'finetune' if args.task == 'classify' else args.task}-{args.recipe}")
     for name in ("mixup", "cutmix"):
-        value = getattr(args, name)
+        value = getattr(args, name) or 0
         require(not 0 < value < 1e-30, f"--{name} {value} is too small: 0 turns it off")
     if args.train_images is None and (args.recipe, args.data) == ("quick", "shapes"):
         args.train_images = 500
     quick = Path("runs/mirl-quick/encoder.pt")
     if args.from_ is None:
-        args.from_ = str(quick) if args.recipe == "quick" and quick.exists() else "scratch"
+        args.from_ = str(quick) if args.recipe[:5] == "quick" and quick.exists() else "scratch"
     require(
         sum((args.eval, bool(args.predict), args.protocol != "finetune")) <= 1,
         "--eval, --predict and --protocol exclude each other: give one of them",
@@ -197,24 +249,26 @@ def main(argv: list[str] | None = None) -> None:
         mirl.check_machine(args, device)
         torch.manual_seed(args.seed)  # the same initial weights in every process
         args.workers = mirl.pick_workers(args.workers)
+        task = TASKS[args.task](args, device)
         if args.predict:
-            return predict(args, device)
-        val = labelled(args, "val")
+            return predict(task)
+        val = task.data("val")
         if args.eval:
-            return evaluate_file(args, val, device)
-        train = labelled(args, "train")
+            return evaluate_file(task, val)
+        train = task.data("train")
         if args.protocol != "finetune":
-            return probe(args, train, val, device)
+            return probe(task, train, val)
 
-        model = new_model(args, len(val.classes)).to(device)
-        config = model.config
+        vit = new_vit(args, len(val.classes))
+        config = vit.config
+        model = task.model(vit, len(val.classes), args.head_width).to(device)
+        model = mirl.sync_batch_norm(model, device)
         split = mirl.split_batch(
             len(train.images), args.batch_size, args.device_batch_size, device_limit(config)
         )
-        transform = finetune_transform(config.image_hw, args.randaug)
+        transform = task.transform(config, training=True)
         loader = mirl.Loader(train, transform, args.seed, device, args.workers)
-        val_loader = validation_loader(args, val, config, device)
-        mix = mixing(args, config.num_classes)
+        val_loader = task.validation(val, config)
 
         average = copy.deepcopy(model) if args.ema_decay else None
         models = {"raw": model} | ({"ema": average} if average else {})
@@ -224,33 +278,39 @@ def main(argv: list[str] | None = None) -> None:
         run = mirl.Run(model, args, groups, (0.9, 0.999), split, train, device, average)
         for epoch in run.epochs():
             batches = loader.epoch(epoch, mirl.shuffled(split, args.seed, epoch).tolist())
-            for i, (images, labels) in enumerate(run.timed(batches), start=1):
+            for i, (images, targets) in enumerate(run.timed(batches), start=1):
                 # a step is `accumulation` micro-batches; processes average gradients in its last
                 last = i % split.accumulation == 0
                 run.model.require_backward_grad_sync = last
-                images, targets = mix(images, labels)  # (device batch, 3, H, W)
-                with mirl.autocast(device, run.dtype):
-                    logits = run.model(images)  # (device batch, classes)
-                loss = loss_function(logits, targets, args.label_smoothing)
-                run.scaler.scale(loss / split.accumulation).backward()
-                run.note(loss=loss)
+                losses = task.losses(run.model, images, targets)  # "loss", and its terms
+                run.scaler.scale(losses["loss"] / split.accumulation).backward()
+                run.note(**losses)
                 if last:
                     run.update()
                     if average:
                         mirl.move_average(average, model, ema_decay(args.ema_decay, run.step))
-            found = evaluate(list(models.values()), val_loader, run.dtype)
+            for scored in models.values():
+                mirl.share_buffers(scored)
+            found = task.evaluate(list(models.values()), val_loader)
             scores = dict(zip(models, found, strict=True))
             for name, scored in models.items():
-                keep_best(run, name, scored, scores[name]["top1"], epoch)
-            say("  ".join(f"{n}: top-1 {s['top1']:.2f} %" for n, s in scores.items()))
+                keep_best(run, name, scored, scores[name], task.best, epoch)
+            say("  ".join(f"{n}: {task.best} {s[task.best]:.2f} %" for n, s in scores.items() if s))
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             run.end_epoch(**record, corrupt_files=len(loader.corrupt | val_loader.corrupt))
         if mirl.RANK == 0:
-            bests = [(e[f"{n}_top1"], -e["epoch"], n) for e in run.history for n in models]
-            top1, epoch, name = max(bests)
+            bests = [
+                (e[f"{n}_{task.best}"], -e["epoch"], n)
+                for e in run.history
+                for n in models
+                if f"{n}_{task.best}" in e
+            ]
+            if not bests:
+                return say(f"done: {run.out / 'raw-last.pt'}")
+            score, epoch, name = max(bests)
             say(
-                f"done: the best model is {run.out / name}-best.pt, top-1 {top1:.2f} % after epoch "
-                f"{-epoch}"
+                f"done: the best model is {run.out / name}-best.pt, {task.best} {score:.2f} % "
+                f"after epoch {-epoch}"
             )
 
 
@@ -259,13 +319,153 @@ def loss_function(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
-def keep_best(run: mirl.Run, name: str, model: mirl.ViT, top1: float, epoch: int) -> None:
-    """<name>-last.pt, and <name>-best.pt where this epoch is the best one so far."""
+def keep_best(
+    run: mirl.Run, name: str, model: nn.Module, scores: dict[str, float], best: str, epoch: int
+) -> None:
+    """<name>-last.pt, and <name>-best.pt where this epoch's `best` score is the best so far."""
     if mirl.RANK == 0:
-        more = dict(classes=run.classes, epoch=epoch + 1, top1=top1)
+        more = dict(classes=run.classes, epoch=epoch + 1, **scores)
+        more |= dict(task=run.args.task, head_width=run.args.head_width)
         mirl.save_model(run.out / f"{name}-last.pt", model, **more)
-        if all(top1 > record[f"{name}_top1"] for record in run.history):
+        key = f"{name}_{best}"
+        if best in scores and all(scores[best] > e.get(key, -1) for e in run.history):
             mirl.save_model(run.out / f"{name}-best.pt", model, **more)
+
+
+# ------------------------------------------------------------------------------------------------
+# The tasks
+# ------------------------------------------------------------------------------------------------
+
+
+class Classification:
+    """What --task decides around the loop: data, model, loss, measure, and how a result is told.
+    The other tasks have the same methods."""
+
+    best = "top1"  # the score by which the best model is chosen
+
+    def __init__(self, args: Args, device: torch.device):
+        self.args, self.device = args, device
+        self.dtype = mirl.pick_dtype(args.dtype, device)
+
+    def data(self, split: str) -> mirl.Images:
+        """The images of a split, "train" or "val", with their targets."""
+        return labelled(self.args, split)
+
+    def model(self, vit: mirl.ViT, classes: int, head_width: int | None) -> nn.Module:
+        self.mix = mixing(self.args, classes)
+        return vit
+
+    def transform(self, config: mirl.Config, training: bool) -> Callable:
+        if training:
+            return finetune_transform(config.image_hw, self.args.randaug)
+        return mirl.whole_image(config.image_hw)
+
+    def validation(self, data: mirl.Images, config: mirl.Config) -> mirl.Loader:
+        """Images as the validation sees them; one that cannot be read counts for nothing."""
+        transform = self.transform(config, training=False)
+        return mirl.Loader(data, transform, 0, self.device, self.args.workers, keep_labels=False)
+
+    def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """ "loss", to be minimised, and terms of it to be logged, of a batch."""
+        images, targets = self.mix(images, labels)  # (B, 3, H, W)
+        with mirl.autocast(self.device, self.dtype):
+            logits = model(images)  # (B, classes)
+        return dict(loss=loss_function(logits, targets, self.args.label_smoothing))
+
+    def evaluate(self, models: list[nn.Module], loader: mirl.Loader) -> list[dict[str, float]]:
+        """The scores of each model, in percent, over all processes."""
+        return evaluate(models, loader, self.dtype)
+
+    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor | None:
+        """Print what the model makes of an image, uint8 (3, h, w); a picture of it, if there is
+        one, uint8 (3, ·, ·)."""
+        x = mirl.normalise_images(self.transform(model.config, training=False)(image))
+        probabilities = model(x[None].to(self.device))[0].softmax(dim=0)
+        top = probabilities.topk(min(5, len(classes)))
+        for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            say(f"  {100 * p:5.1f} %  {classes[i]}")
+
+
+class Segmentation(Classification):
+    """UperNet, and the mean IoU of its classes. [S A.2]"""
+
+    best = "miou"
+
+    def data(self, split: str) -> mirl.Images:
+        return chosen(self.args, load_dense(self.args, split), split)
+
+    def model(self, vit: mirl.ViT, classes: int, head_width: int | None) -> nn.Module:
+        return mirl.UperNet(vit, classes, head_width)
+
+    def transform(self, config: mirl.Config, training: bool) -> Callable:
+        return segment_transform(min(config.image_hw), training)
+
+    def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        with mirl.autocast(self.device, self.dtype):
+            out = model(images)  # of (B, classes, H, W)
+        return dict(loss=mirl.segmentation_loss(out, labels.long()))
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, classes, H, W), of whole images or of windows (--slide)."""
+        size = min(model.config.image_hw)
+        with mirl.autocast(self.device, self.dtype):
+            if self.args.slide:
+                return slide(model.forward, images, size, size * 2 // 3)
+            return whole(model.forward, images)
+
+    def evaluate(self, models: list[nn.Module], loader: mirl.Loader) -> list[dict[str, float]]:
+        logits = [functools.partial(self.logits, model.eval()) for model in models]
+        return evaluate_segments(logits, loader, device_limit(models[0].config))
+
+    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
+        x = mirl.normalise_images(TF.resize(image, min(model.config.image_hw), antialias=True))
+        logits = self.logits(model, x[None].to(self.device))
+        labels = resized(logits, image.shape[1:]).argmax(dim=1)[0].cpu()  # (h, w)
+        for k in labels.unique().tolist():
+            say(f"  {100 * (labels == k).float().mean():5.1f} %  {classes[k]}")
+        return picture(image, labels, classes)
+
+
+class Detection(Classification):
+    """Mask R-CNN, and COCO's average precision of its masks. [S A.2]"""
+
+    best = "mask_ap"
+
+    def data(self, split: str) -> mirl.Images:
+        return chosen(self.args, load_dense(self.args, split), split)
+
+    def model(self, vit: mirl.ViT, classes: int, head_width: int | None) -> nn.Module:
+        if not importlib.util.find_spec("pycocotools"):
+            mirl.require_extra("pycocotools", "--eval of detection", self.args.eval)
+            say("the losses are all that is measured: AP needs pip install -e '.[coco]'")
+        size = min(vit.config.image_hw)  # for 800 pixels one of 480, 512, …, 800, at most 1333 long
+        sizes = range(size * 3 // 5, size + 1, 32) if size > mirl.SMALL else (size,)
+        more = dict(width=head_width or 256, dtype=self.dtype)
+        return mirl.mask_rcnn(vit, 1 + classes, tuple(sizes), size * 5 // 3, **more)
+
+    def transform(self, config: mirl.Config, training: bool) -> Callable:
+        return detect_transform(training)
+
+    def losses(self, model: nn.Module, images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
+        terms = model(list(images), targets)
+        return dict(loss=sum(terms.values()), **terms)
+
+    def evaluate(self, models: list[nn.Module], loader: mirl.Loader) -> list[dict[str, float]]:
+        if not importlib.util.find_spec("pycocotools"):
+            return [{} for _ in models]
+        file = annotation_file(Path(loader.data.root).parent, "val")
+        return evaluate_objects(models, loader, device_limit(models[0].config), file)
+
+    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
+        found = model([mirl.normalise_images(image.to(self.device))])[0]
+        found = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}
+        for box, label, score in zip(found["boxes"], found["labels"], found["scores"], strict=True):
+            corners = ", ".join(f"{x:.0f}" for x in box)
+            say(f"  {100 * score:5.1f} %  {classes[label - 1]} at ({corners})")
+        return picture(image, found, classes)
+
+
+TASKS = dict(classify=Classification, segment=Segmentation, detect=Detection)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -408,52 +608,56 @@ def labelled(args: Args, split: str) -> mirl.Images:
         say(
             f"warning: {left} of the {split} images are in no folder of a class in train/: left out"
         )
+        data = data.select(keep)
+    return chosen(args, data, split)
+
+
+def chosen(args: Args, data: mirl.Images, split: str) -> mirl.Images:
+    """As many of the images as --train-images or --val-images say, drawn at random, or all."""
     wanted = dict(train=args.train_images, val=args.val_images)[split]
-    if wanted is None and not left:
+    if wanted is None:
         return data
-    if wanted is not None:
-        require(wanted <= len(keep), f"--{split}-images {wanted}: there are {len(keep)}")
-        seed = mirl.seed_of("images", args.seed if split == "train" else 0)
-        order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(seed))
-        keep = keep[order[:wanted]]
-    return data.select(keep)
+    require(wanted <= len(data.images), f"--{split}-images {wanted}: there are {len(data.images)}")
+    seed = mirl.seed_of("images", args.seed if split == "train" else 0)
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
+    return data.select(order[:wanted])
 
 
-def new_model(args: Args, classes: int) -> mirl.ViT:
+def new_vit(args: Args, classes: int) -> mirl.ViT:
     names = ("image_size", "patch_size", "pool", "drop_path")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    model = mirl.build_vit(args.model, **given, num_classes=classes)
+    if args.task != "classify":
+        given["pool"] = "none"
+    vit = mirl.build_vit(args.model, **given, num_classes=classes)
     resuming = args.resume and (Path(args.out) / "checkpoint.pt").exists()
     if args.from_ != "scratch" and not resuming:
-        mirl.load_encoder(model, args.from_, args.truncated)
+        mirl.load_encoder(vit, args.from_, args.truncated)
     elif not resuming:
         say("from scratch: all weights at random")
-    return model
+    return vit
 
 
-def finetuned_model(path: str) -> tuple[mirl.ViT, list[str]]:
-    """A model that this script saved, and its classes' names."""
+def finetuned_model(task: Classification) -> tuple[nn.Module, list[str]]:
+    """The model in --from, which this script saved, on the device, and its classes' names."""
+    path, classes = task.args.from_, None
     saved = mirl.load_file(path)
+    kind = saved.get("task", "classify")
+    require(kind == task.args.task, f"--from {path} is a model to {kind}: add --task {kind}")
     try:
         classes = saved["classes"]
-        model = mirl.ViT(mirl.Config(**saved["config"]))
+        vit = mirl.ViT(mirl.Config(**saved["config"]))
+        model = task.model(vit, len(classes), saved.get("head_width"))
         model.load_state_dict(saved["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError):
         classes = None
     if not classes:
         raise UserError(f"--from {path} is no model that this script fine-tuned")
-    return model, classes
+    return model.to(task.device).eval(), classes
 
 
 def device_limit(config: mirl.Config) -> int:
     """Images on a device at a time, unless told otherwise."""
     return max(1, 128 * 196 // config.num_patches)
-
-
-def validation_loader(args: Args, data: mirl.Images, config: mirl.Config, device: torch.device):
-    """Images as the validation sees them; the label of one that cannot be read is −1."""
-    transform = mirl.whole_image(config.image_hw)
-    return mirl.Loader(data, transform, 0, device, args.workers, keep_labels=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -499,32 +703,32 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([hits[:, 0].sum(), hits.sum(), loss, (labels >= 0).sum()])
 
 
-def evaluate_file(args: Args, val: mirl.Images, device: torch.device) -> None:
+def evaluate_file(task: Classification, val: mirl.Images) -> None:
     """Print the scores of the fine-tuned model --from."""
-    model, classes = finetuned_model(args.from_)
+    model, classes = finetuned_model(task)
     require(
-        classes == val.classes, f"--from {args.from_} knows other classes than --data {args.data}"
+        classes == val.classes,
+        f"--from {task.args.from_} knows other classes than --data {task.args.data}",
     )
-    loader = validation_loader(args, val, model.config, device)
-    dtype = mirl.pick_dtype(args.dtype, device)
-    say(json.dumps(evaluate([model.to(device)], loader, dtype)[0]))
+    say(json.dumps(task.evaluate([model], task.validation(val, model.config))[0]))
 
 
 @torch.no_grad()
-def predict(args: Args, device: torch.device) -> None:
-    """Print the five likeliest classes of every image."""
-    model, classes = finetuned_model(args.from_)
-    model.to(device).eval()
-    for path in args.predict:
+def predict(task: Classification) -> None:
+    """Print what the fine-tuned model --from sees in every image, and draw it where it can be."""
+    for path in task.args.predict:
         require(Path(path).is_file(), f"--predict: there is no file {path}")
-    for path in args.predict:
-        data = mirl.Images(mirl.Names([path]), torch.tensor([0]), classes)
-        images = mirl.fixed_images(data, model.config.image_hw, 1).to(device)
-        probabilities = model(images)[0].softmax(dim=0)
-        top = probabilities.topk(min(5, len(classes)))
+    model, classes = finetuned_model(task)
+    for path in task.args.predict:
+        image = mirl.read_image(path)
+        require(image is not None, f"--predict: {path} cannot be read")
         say(path)
-        for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            say(f"  {100 * p:5.1f} %  {classes[i]}")
+        drawn = task.tell(model, classes, image)
+        if drawn is not None:
+            out = Path(task.args.out) / f"{Path(path).stem}-{task.args.task}.png"
+            out.parent.mkdir(parents=True, exist_ok=True)
+            mirl.save(out, functools.partial(save_image, drawn / 255))
+            say(f"  drawn: {out}")
 
 
 def knn_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
@@ -581,17 +785,17 @@ class EveryBlock(nn.Module):
         return self.vit.fc_norm(pooled) if self.config.pool == "mean" else pooled
 
 
-def probe(args: Args, train: mirl.Images, val: mirl.Images, device: torch.device) -> None:
+def probe(task: Classification, train: mirl.Images, val: mirl.Images) -> None:
     """Print how well a frozen encoder's features, the head's input or those of every block, tell
     the classes apart."""
-    model = new_model(args, len(val.classes)).to(device)
+    args, device = task.args, task.device
+    model = new_vit(args, len(val.classes)).to(device)
     model.head = nn.Identity()
     if args.protocol == "blocks":
         model = EveryBlock(model)
-    dtype = mirl.pick_dtype(args.dtype, device)
     features = []
     for data in (train, val):
-        found = outputs([model], validation_loader(args, data, model.config, device), dtype)
+        found = outputs([model], task.validation(data, model.config), task.dtype)
         parts = zip(*((x[labels >= 0], labels[labels >= 0]) for [x], labels in found), strict=True)
         mine = [torch.cat(part).cpu() for part in parts]  # empty where there is less than a share
         gathered = zip(*filter(None, mirl.gather(mine)), strict=True)
@@ -730,21 +934,20 @@ def run_lengths(mask: Tensor) -> list[int]:
     return [end - start for start, end in zip([0, *changes], ends, strict=True)]
 
 
-def load_dense(task: str, name: str, data_dir: str, split: str) -> LabelMaps | Objects:
-    """The data of --task "segment" or "detect" by the name given to --data; split: "train" or
-    "val".
+def load_dense(args: Args, split: str) -> LabelMaps | Objects:
+    """The data of --task segment or detect; split: "train" or "val".
 
-    `scenes` are written into `data_dir` at first use; anything else is a folder. Raises UserError
-    for what cannot be had.
+    `--data scenes` is written into --data-dir at first use; anything else is a folder. Raises
+    UserError for what cannot be had.
     """
-    root = Path(name)
-    if name == "scenes":
-        root = Path(data_dir) / "scenes"
+    root = Path(args.data)
+    if args.data == "scenes":
+        root = Path(args.data_dir) / "scenes"
         with mirl.rank_zero_first():
             if not root.exists():
                 write_scenes(root)
-    require(root.is_dir(), f"--data {name}: there is no such folder (and the name is scenes)")
-    return load_label_maps(root, split) if task == "segment" else load_objects(root, split)
+    require(root.is_dir(), f"--data {args.data}: there is no such folder (and the name is scenes)")
+    return load_label_maps(root, split) if args.task == "segment" else load_objects(root, split)
 
 
 def load_label_maps(root: Path, split: str) -> LabelMaps:
@@ -975,30 +1178,20 @@ def slide(model: Callable, images: Tensor, size: int, stride: int, multiple: int
 
 @torch.no_grad()
 def evaluate_segments(
-    models: list[nn.Module],
-    loader: mirl.Loader,
-    dtype: torch.dtype,
-    batch: int,
-    window: tuple[int, int] | None = None,
+    models: list[Callable], loader: mirl.Loader, batch: int
 ) -> list[dict[str, float]]:
     """Each model's `segmentation_scores`, at the labels' own size; an image counts once.
 
-    models: images (B, 3, H, W) -> logits (B, classes, H, W). window: size and stride for `slide`;
-    None for whole images.
+    models: images (B, 3, H, W) -> logits (B, classes, H, W).
     """
     classes = len(loader.data.classes)
     matrices = torch.zeros(len(models), classes, classes, dtype=torch.int64, device=loader.device)
-    for model in models:
-        model.eval()
     for images, labels in loader.epoch(0, mirl.in_order(len(loader.data.images), batch)):
         alike = isinstance(images, Tensor) and isinstance(labels, Tensor)
         singly = ((x[None], y[None]) for x, y in zip(images, labels) if y is not None)
         for x, truth in [(images, labels)] if alike else singly:
             for model, matrix in zip(models, matrices, strict=True):
-                with mirl.autocast(loader.device, dtype):
-                    forward = model.forward
-                    logits = slide(forward, x, *window) if window else whole(forward, x)
-                logits = resized(logits, truth.shape[1:])
+                logits = resized(model(x), truth.shape[1:])
                 matrix += confusion(logits.argmax(dim=1), truth, classes)
     totals = sum(mirl.gather(matrices.cpu()))
     return [segmentation_scores(matrix) for matrix in totals]
