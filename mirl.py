@@ -1014,23 +1014,30 @@ def _draw_shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def load_data(name: str, data_dir: str, split: str) -> Images:
     """A data set by the name given to --data; split: "train" or "val".
 
-    `shapes`, `cifar10` and `cifar100` lie in memory, the last two downloaded into `data_dir` at
-    first use. Anything else is a folder of files. Where it has train/ and val/, their subfolders
+    `shapes`, `cifar10` and `cifar100` lie in memory, `imagenette` (ten classes of ImageNet, of 320
+    pixels) in files; all but `shapes` are downloaded into `data_dir` at first use. Anything else is
+    a folder of files. Where it has train/ and val/, their subfolders
     are the classes; else its images have no labels, and every fiftieth is one of the validation
     split. Raises UserError for what cannot be had.
     """
     if name == "shapes":
         return make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
-    if name in ("cifar10", "cifar100"):
-        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if name in ("cifar10", "cifar100", "imagenette"):
         try:
             with rank_zero_first():
-                data = kind(data_dir, train=split == "train", download=True)
+                if name == "imagenette":
+                    data = datasets.Imagenette(data_dir, split, size="320px", download=True)
+                else:
+                    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+                    data = kind(data_dir, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"--data {name} could not be downloaded into {data_dir} ({error}): connect to the "
                 "network, put the files there, or use --data shapes, which needs no download"
             ) from None
+        if name == "imagenette":
+            found = load_folder(Path(data_dir) / "imagenette2-320", split)
+            return found._replace(classes=[synonyms[0] for synonyms in data.classes])
         images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
         return Images(images, torch.tensor(data.targets), list(data.classes))
     return load_folder(Path(name), split)
@@ -1040,7 +1047,8 @@ def load_folder(root: Path, split: str) -> Images:
     """The image files of a folder, as `load_data` says."""
     require(
         root.is_dir(),
-        f"--data {root}: there is no such folder (and the names are shapes, cifar10, cifar100)",
+        f"--data {root}: there is no such folder (and the names are shapes, cifar10, cifar100, "
+        "imagenette)",
     )
     has_splits = (root / "train").is_dir() and (root / "val").is_dir()
     folder = root / split if has_splits else root / "train" if (root / "train").is_dir() else root
@@ -1223,6 +1231,15 @@ def fixed_images(data: Images, size: tuple[int, int], count: int) -> Tensor:
     images = ImageDataset(data, whole_image(size))
     picks = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
     return normalise_images(torch.stack([images[0, i][0] for i in picks]))
+
+
+def read_images(flag: str, paths: tuple[str, ...], size: tuple[int, int]) -> Iterator[Tensor]:
+    """The image files given to a flag, each as the validation sees it: float32 (1, 3, *size),
+    normalised. Raises UserError for a file that is not there, before any, or that is no image."""
+    for path in paths:
+        require(Path(path).is_file(), f"{flag}: there is no file {path}")
+    for path in paths:
+        yield fixed_images(Images(Names([path]), torch.tensor([-1]), []), size, 1)
 
 
 # ------------------------------------------------------------------------------------------------
