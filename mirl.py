@@ -1710,7 +1710,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch raises many kinds for what is not its own
-        reason = str(error).split("\n")[0][:200]
+        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
         raise UserError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
     require(isinstance(saved, dict), f"{path} is no checkpoint: it holds a {type(saved).__name__}")
     return saved

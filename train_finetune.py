@@ -490,19 +490,14 @@ def classifier(weights: dict[str, Tensor], name: str, path: str) -> mirl.ViT:
     UserError for other weights, or where that model is of another depth or width.
     """
     require("head.weight" in weights, f"--from {path} is no fine-tuned model: it has no head")
-    config = mirl.model_config(
-        name,
-        **mirl.encoder_shape(weights, path),
-        num_classes=len(weights["head.weight"]),
-        pool="mean" if "fc_norm.weight" in weights else "cls",
-    )
-    table = mirl.MODELS[name]
+    shape, named = mirl.encoder_shape(weights, path), mirl.model_config(name)
     require(
-        (config.depth, config.width) == (table.depth, table.width),
-        f"--from {path} has {config.depth} blocks of width {config.width}, and --model {name} has "
-        f"{table.depth} of {table.width}: give the --model that it is",
+        (shape["depth"], shape["width"]) == (named.depth, named.width),
+        f"--from {path} has {shape['depth']} blocks of width {shape['width']}, and --model {name} "
+        f"has {named.depth} of {named.width}: give the --model that it is",
     )
-    model = mirl.ViT(config)
+    pool = "mean" if "fc_norm.weight" in weights else "cls"
+    model = mirl.build_vit(name, **shape, num_classes=len(weights["head.weight"]), pool=pool)
     found = mirl.misfits(weights, model.state_dict())
     require(not found, f"--from {path} is no plain ViT: {found}")
     model.load_state_dict(weights)
