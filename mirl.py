@@ -1817,8 +1817,9 @@ def paddle_tensor(array: Stub) -> Tensor:
 def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
     """Fill a ViT from a file; returns the names of what the file does not hold, left as it was.
 
-    The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, or a state dict
-    with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it are left out.
+    The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, the authors', or
+    a state dict with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it
+    are left out.
     The head, and the norm before it, are taken where they fit. Sin-cos positions of another grid
     are made anew, learned ones resized. truncated: the file may have fewer blocks than the ViT
     [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
