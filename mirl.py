@@ -1819,10 +1819,9 @@ def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
 
     The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, the authors', or
     a state dict with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it
-    are left out.
-    The head, and the norm before it, are taken where they fit. Sin-cos positions of another grid
-    are made anew, learned ones resized. truncated: the file may have fewer blocks than the ViT
-    [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
+    are left out. The head, and the norm before it, are taken where they fit. Sin-cos positions of
+    another grid are made anew, learned ones resized. truncated: the file may have fewer blocks than
+    the ViT [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
     """
     saved = load_file(path)
     weights = named_tensors(saved)
@@ -1846,7 +1845,9 @@ def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
     ends = ("norm.", "fc_norm.", "head.")  # as the classes and the pooling want them
     late = ()
     if truncated:
-        late = tuple(f"blocks.{k}." for k in range(count(weights, "blocks."), vit.config.depth))
+        late = tuple(
+            f"blocks.{k}." for k in range(count_below(weights, "blocks."), vit.config.depth)
+        )
     found = misfits(weights, own, but=ends + late)
     require(not found, f"--from {path} does not fit the model: {found}")
     vit.load_state_dict(own | fitting)
@@ -1865,7 +1866,7 @@ def named_tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
     return {k.removeprefix("module."): v for k, v in tensors}
 
 
-def count(weights: Iterable[str], prefix: str) -> int:
+def count_below(weights: Iterable[str], prefix: str) -> int:
     """How many parts there are below a name that ends in a dot: blocks below "blocks."."""
     return len({k[len(prefix) :].split(".")[0] for k in weights if k.startswith(prefix)})
 
@@ -1874,13 +1875,12 @@ def misfits(weights: dict[str, Tensor], own: dict[str, Tensor], but: tuple[str, 
     """What keeps `weights` from being the state dict `own`, apart from names that begin with one
     of `but`; empty where nothing does."""
     names = [k for k in own | weights if not k.startswith(but)]
-    shapes = {k: (tuple(weights[k].shape), tuple(own[k].shape)) for k in weights.keys() & own}
+    both = [k for k in names if k in weights and k in own]
+    shapes = {k: (tuple(weights[k].shape), tuple(own[k].shape)) for k in both}
     problems = {
         "missing": [k for k in names if k not in weights],
         "unexpected": [k for k in names if k not in own],
-        "of another shape": [
-            "{} {} for {}".format(k, *shapes[k]) for k in names if len({*shapes.get(k, ())}) == 2
-        ],
+        "of another shape": [f"{k} {a} for {b}" for k, (a, b) in shapes.items() if a != b],
     }
     return "; ".join(f"{len(v)} {k}: {in_short(v)}" for k, v in problems.items() if v)
 
@@ -1893,7 +1893,7 @@ def encoder_shape(weights: dict[str, Tensor], path: str | Path) -> dict[str, int
         side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     except (KeyError, ValueError, IndexError):
         raise UserError(f"{path} holds no weights of a ViT") from None
-    depth = count(weights, "blocks.")
+    depth = count_below(weights, "blocks.")
     return dict(depth=depth, width=D, channels=C, patch_size=P, image_size=side * P)
 
 
@@ -1918,9 +1918,9 @@ def load_mirl(path: str | Path, **overrides) -> MIRL:
     else:
         encoder = {k.removeprefix("encoder."): v for k, v in weights.items()}
         fields = encoder_shape(encoder, path) | dict(
-            segments=count(weights, "decoders."),
+            segments=count_below(weights, "decoders."),
             decoder_width=weights["decoders.0.mask_token"].shape[2],
-            decoder_depth=count(weights, "decoders.0.blocks."),
+            decoder_depth=count_below(weights, "decoders.0.blocks."),
             weight_norm="decoders.0.head.weight" not in weights,
         )
         size = [fields[k] for k in ("depth", "width", "segments")]
