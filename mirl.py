@@ -1016,9 +1016,9 @@ def load_data(name: str, data_dir: str, split: str) -> Images:
 
     `shapes`, `cifar10` and `cifar100` lie in memory, `imagenette` (ten classes of ImageNet, of 320
     pixels) in files; all but `shapes` are downloaded into `data_dir` at first use. Anything else is
-    a folder of files. Where it has train/ and val/, their subfolders
-    are the classes; else its images have no labels, and every fiftieth is one of the validation
-    split. Raises UserError for what cannot be had.
+    a folder of files. Where it has train/ and val/, their subfolders are the classes; else its
+    images have no labels, and every fiftieth is one of the validation split. Raises UserError for
+    what cannot be had.
     """
     if name == "shapes":
         return make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
