@@ -37,6 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -53,6 +54,10 @@ RECIPES = {
     "cifar10": dict(model="vit_ti", data="cifar10", epochs=100, warmup_epochs=5, batch_size=512,
                     base_lr=1e-3, layer_decay=0.75, drop_path=0.1, randaug=9.0, mixup=0.8,
                     cutmix=1.0, ema_decay=0.9998),
+    # ten classes of ImageNet on one GPU
+    "imagenette": dict(model="vit_s", data="imagenette", image_size=160, epochs=100,
+                       warmup_epochs=5, batch_size=256, base_lr=1e-3, layer_decay=0.75,
+                       drop_path=0.1, randaug=9.0, mixup=0.8, cutmix=1.0, ema_decay=0.999),
     # [S A.1, Table 2]; what differs between the models is in TABLE_2
     "imagenet": dict(model="vit_b", data="data/imagenet", warmup_epochs=20, batch_size=2048,
                      base_lr=7.5e-4, randaug=9.0, mixup=0.8, cutmix=1.0, ema_decay=0.9998),
@@ -79,15 +84,16 @@ class Args(mirl.TrainingFlags):
     from_: str | None = flag(
         None,
         "weights to start from: a pre-training checkpoint, an encoder.pt, a fine-tuned model, or "
-        "timm's or MAE's weights; `scratch` for random ones. Default: runs/mirl-quick/encoder.pt "
-        "where it is there and the recipe is quick, else scratch",
+        "the authors', timm's or MAE's weights; `scratch` for random ones. Default: "
+        "runs/mirl-quick/encoder.pt where it is there and the recipe is quick, else scratch",
     )
     truncated: bool = flag(
         False, "allow --from to have fewer blocks than the model; the last ones start at random"
     )
     eval: bool = flag(
         False,
-        "evaluate the fine-tuned model --from, of whatever --model, on the validation images",
+        "evaluate the fine-tuned model --from on the validation images; a file of the authors, MAE "
+        "or timm must be of --model",
     )
     predict: tuple[str, ...] | None = flag(
         None, "print what the fine-tuned model --from sees in these image files, and stop"
@@ -102,8 +108,8 @@ class Args(mirl.TrainingFlags):
     model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
     data: str | None = flag(
         None,
-        "shapes (embedded), cifar10, cifar100 (downloaded), or a folder of train/<class>/ and "
-        "val/<class>/",
+        "shapes (embedded), cifar10, cifar100, imagenette (downloaded), or a folder of "
+        "train/<class>/ and val/<class>/",
     )
     train_images: int | None = flag(
         None,
@@ -167,7 +173,7 @@ def parse(argv: list[str] | None = None) -> Args:
     )
     require(
         not (args.eval or args.predict) or args.from_ != "scratch",
-        "--eval and --predict need --from, a model that this script fine-tuned",
+        "--eval and --predict need --from, a fine-tuned model",
     )
     return args
 
@@ -418,9 +424,12 @@ def new_model(args: Args, classes: int) -> mirl.ViT:
     return model
 
 
-def finetuned_model(path: str) -> tuple[mirl.ViT, list[str]]:
-    """A model that this script saved, and its classes' names."""
+def finetuned_model(path: str, name: str = "vit_b") -> tuple[mirl.ViT, list[str] | None]:
+    """A model that this script saved and its classes' names; or one that `classifier` makes of a
+    file without a configuration and names, and None."""
     saved = mirl.load_file(path)
+    if not saved.keys() & {"config", "classes"}:
+        return classifier(mirl.named_tensors(saved), name, path), None
     try:
         classes = saved["classes"]
         model = mirl.ViT(mirl.Config(**saved["config"]))
@@ -430,6 +439,28 @@ def finetuned_model(path: str) -> tuple[mirl.ViT, list[str]]:
     if not classes:
         raise UserError(f"--from {path} is no model that this script fine-tuned")
     return model, classes
+
+
+def classifier(weights: dict[str, Tensor], name: str, path: str) -> mirl.ViT:
+    """The classifier with these weights, under timm's names: a fine-tuned ViT of the authors, MAE
+    or timm.
+
+    Sizes and pooling follow from names and shapes, the heads from the model `name`. Raises
+    UserError for other weights, or where that model is of another depth or width.
+    """
+    require("head.weight" in weights, f"--from {path} is no fine-tuned model: it has no head")
+    shape, named = mirl.encoder_shape(weights, path), mirl.model_config(name)
+    require(
+        (shape["depth"], shape["width"]) == (named.depth, named.width),
+        f"--from {path} has {shape['depth']} blocks of width {shape['width']}, and --model {name} "
+        f"has {named.depth} of {named.width}: give the --model that it is",
+    )
+    pool = "mean" if "fc_norm.weight" in weights else "cls"
+    model = mirl.build_vit(name, **shape, num_classes=len(weights["head.weight"]), pool=pool)
+    found = mirl.misfits(weights, model.state_dict())
+    require(not found, f"--from {path} is no plain ViT: {found}")
+    model.load_state_dict(weights)
+    return model
 
 
 def device_limit(config: mirl.Config) -> int:
@@ -488,9 +519,15 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
 
 def evaluate_file(args: Args, val: mirl.Images, device: torch.device) -> None:
     """Print the scores of the fine-tuned model --from."""
-    model, classes = finetuned_model(args.from_)
+    model, classes = finetuned_model(args.from_, args.model)
     require(
-        classes == val.classes, f"--from {args.from_} knows other classes than --data {args.data}"
+        classes in (None, val.classes),
+        f"--from {args.from_} knows other classes than --data {args.data}",
+    )
+    known = model.config.num_classes
+    require(
+        known == len(val.classes),
+        f"--from {args.from_} knows {known} classes, and --data {args.data} has {len(val.classes)}",
     )
     loader = validation_loader(args, val, model.config, device)
     dtype = mirl.pick_dtype(args.dtype, device)
@@ -500,14 +537,15 @@ def evaluate_file(args: Args, val: mirl.Images, device: torch.device) -> None:
 @torch.no_grad()
 def predict(args: Args, device: torch.device) -> None:
     """Print the five likeliest classes of every image."""
-    model, classes = finetuned_model(args.from_)
+    model, classes = finetuned_model(args.from_, args.model)
     model.to(device).eval()
-    for path in args.predict:
-        require(Path(path).is_file(), f"--predict: there is no file {path}")
-    for path in args.predict:
-        data = mirl.Images(mirl.file_names([path]), torch.tensor([0]), classes)
-        images = mirl.fixed_images(data, model.config.image_hw, 1).to(device)
-        probabilities = model(images)[0].softmax(dim=0)
+    if classes is None:
+        imagenet = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
+        count = model.config.num_classes
+        classes = imagenet if count == len(imagenet) else [f"class {i}" for i in range(count)]
+    images = mirl.read_images("--predict", args.predict, model.config.image_hw)
+    for path, image in zip(args.predict, images, strict=True):
+        probabilities = model(image.to(device))[0].softmax(dim=0)
         top = probabilities.topk(min(5, len(classes)))
         say(path)
         for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):

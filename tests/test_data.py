@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 import mirl
 import train_finetune
 import train_pretrain
-from mirl import Images, UserError, file_names, make_shapes
+from mirl import Images, Names, UserError, make_shapes
 
 
 def files(folder):
@@ -186,7 +186,7 @@ def test_every_kind_of_file_is_read_as_pil_reads_it(tmp_path):
     kinds |= {"猫 ö.png": image, "png.jpg": image}
     for name, kind in kinds.items():
         kind.save(tmp_path / name, "PNG" if name == "png.jpg" else None)
-        got = Images(file_names([name]), torch.zeros(1), [], str(tmp_path)).read(0)
+        got = Images(Names([name]), torch.zeros(1), [], str(tmp_path)).read(0)
         expected = TF.pil_to_tensor(Image.open(tmp_path / name).convert("RGB"))
         assert got.dtype == torch.uint8 and got.shape == (3, 31, 45), name
         assert (got.int() - expected.int()).abs().max() <= (2 if "jpg" in name else 0), name
@@ -200,20 +200,20 @@ def test_what_cannot_be_read_is_none(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("not an image")
     names = ["a.jpg", "a.png", "a.webp", "a.bmp", "empty.png", "text.jpg", "none.png"]
-    data = Images(file_names(names), torch.zeros(7), [], str(tmp_path))
+    data = Images(Names(names), torch.zeros(7), [], str(tmp_path))
     assert [data.read(i) for i in range(7)] == [None] * 7
 
 
 def test_names():
     names = ["a.png", "", "größe/猫.jpg", "b\udcff.png", "c" * 300]  # one is no UTF-8
-    data = Images(file_names(names), torch.zeros(5), [])
+    data = Images(Names(names), torch.zeros(5), [])
     assert [data.name(i) for i in range(len(data.images))] == names
 
 
 def test_the_digest_tells_data_sets_apart(tmp_path):
-    a = Images(file_names(["a.png", "b.png"]), torch.tensor([0, 1]), ["x", "y"], "here")
+    a = Images(Names(["a.png", "b.png"]), torch.tensor([0, 1]), ["x", "y"], "here")
     assert a._replace(root="there").digest() == a.digest()
-    assert a._replace(images=file_names(["a.png", "c.png"])).digest() != a.digest()
+    assert a._replace(images=Names(["a.png", "c.png"])).digest() != a.digest()
     assert a._replace(labels=torch.tensor([0, 0])).digest() != a.digest()
     b, c = make_shapes(3, 0), make_shapes(3, 0)
     assert b.digest() == c.digest()
