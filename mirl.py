@@ -33,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -1280,26 +1281,33 @@ def _draw_shapes(
 def load_data(name: str, data_dir: str, split: str) -> Images:
     """A data set by the name given to --data; split: "train" or "val".
 
-    `shapes`, `scenes` (without labels), `cifar10` and `cifar100` lie in memory, the last two
-    downloaded into `data_dir` at first use. Anything else is a folder of files. Where it has train/
-    and val/, their subfolders are the classes; else its images have no labels, and every fiftieth
-    is one of the validation split. Raises UserError for what cannot be had.
+    `shapes`, `scenes` (without labels), `cifar10` and `cifar100` lie in memory, `imagenette` (ten
+    classes of ImageNet, of 320 pixels) in files; the last three are downloaded into `data_dir` at
+    first use. Anything else is a folder of files. Where it has train/ and val/, their subfolders
+    are the classes; else its images have no labels, and every fiftieth is one of the validation
+    split. Raises UserError for what cannot be had.
     """
     if name == "shapes":
         return make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
     if name == "scenes":
         scenes = make_scenes(5_000, seed=0) if split == "train" else make_scenes(500, seed=1)
         return Images(scenes.images, torch.full((len(scenes.images),), -1), [])
-    if name in ("cifar10", "cifar100"):
-        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if name in ("cifar10", "cifar100", "imagenette"):
         try:
             with rank_zero_first():
-                data = kind(data_dir, train=split == "train", download=True)
+                if name == "imagenette":
+                    data = datasets.Imagenette(data_dir, split, size="320px", download=True)
+                else:
+                    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+                    data = kind(data_dir, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"--data {name} could not be downloaded into {data_dir} ({error}): connect to the "
                 "network, put the files there, or use --data shapes, which needs no download"
             ) from None
+        if name == "imagenette":
+            found = load_folder(Path(data_dir) / "imagenette2-320", split)
+            return found._replace(classes=[synonyms[0] for synonyms in data.classes])
         images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
         return Images(images, torch.tensor(data.targets), list(data.classes))
     return load_folder(Path(name), split)
@@ -1310,7 +1318,7 @@ def load_folder(root: Path, split: str) -> Images:
     require(
         root.is_dir(),
         f"--data {root}: there is no such folder (and the names are shapes, scenes, cifar10, "
-        "cifar100)",
+        "cifar100, imagenette)",
     )
     has_splits = (root / "train").is_dir() and (root / "val").is_dir()
     folder = root / split if has_splits else root / "train" if (root / "train").is_dir() else root
@@ -1527,6 +1535,17 @@ def fixed_images(data: Images, size: tuple[int, int], count: int) -> Tensor:
     images = ImageDataset(data, whole_image(size))
     picks = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
     return normalise_images(torch.stack([images[0, i][0] for i in picks]))
+
+
+def read_images(flag: str, paths: tuple[str, ...]) -> list[Tensor]:
+    """The image files given to a flag, uint8 (3, h, w) each. Raises UserError for one that is not
+    there or cannot be read."""
+    for path in paths:
+        require(Path(path).is_file(), f"{flag}: there is no file {path}")
+    images = [read_image(path) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        require(image is not None, f"{flag}: {path} cannot be read as an image")
+    return images
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2003,33 +2022,131 @@ def save_model(path: Path, model: nn.Module, **more) -> None:
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
-    """torch.load of tensors and plain values on the CPU. Raises UserError for anything else."""
+    """torch.load of tensors and plain values on the CPU, or what `read_paddle` makes of a file of
+    the authors. Raises UserError for anything else."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            paddle = PADDLE.match(file.read(14))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # flags, in MAE's checkpoints
+            saved = read_paddle(path) if paddle else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch raises many kinds for what is not its own
-        reason = str(error).split("\n")[0][:200]
+        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
         raise UserError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
     require(isinstance(saved, dict), f"{path} is no checkpoint: it holds a {type(saved).__name__}")
     return saved
 
 
+# How a file of PaddlePaddle begins: a pickle of protocol 2 to 4, and not torch's old format. [R]
+PADDLE = re.compile(rb"\x80[\x02-\x04](?!\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19)")
+PADDLE_DTYPES = dict(f2=torch.float16, f4=torch.float32, f8=torch.float64, b1=torch.bool)
+PADDLE_DTYPES |= dict(i1=torch.int8, i2=torch.int16, i4=torch.int32, i8=torch.int64)
+PADDLE_DTYPES |= dict(u1=torch.uint8, u2=torch.bfloat16)  # numpy has no bfloat16
+# What only pre-training has: the authors' names and ours; \1 is the segment, from 0. [R]
+PADDLE_NAMES = {
+    r"norm_low": r"input_norm",
+    r"decoder_embed0_1": r"input_embed",
+    r"norm(\d+)": r"segment_norms.\1",
+    r"decoder_embed(\d+)": r"segment_embeds.\1",
+    r"mask_token(\d+)": r"decoders.\1.mask_token",
+    r"decoder_blocks(\d+)\.(\d+)\.norm2": r"decoders.\1.blocks.\2.norm_x",
+    r"decoder_blocks(\d+)\.(\d+)\.norm3": r"decoders.\1.blocks.\2.norm_y",
+    r"decoder_blocks(\d+)\.(\d+)\.norm4": r"decoders.\1.blocks.\2.norm2",
+    r"decoder_blocks(\d+)": r"decoders.\1.blocks",
+    r"decoder_norm(\d+)": r"decoders.\1.norm",
+    r"decoder_pred(\d+)\.weight_g": r"decoders.\1.head.parametrizations.weight.original0",
+    r"decoder_pred(\d+)\.weight_v": r"decoders.\1.head.parametrizations.weight.original1",
+    r"decoder_pred(\d+)": r"decoders.\1.head",
+    r"": r"encoder.",
+}
+
+
+class Stub:
+    """A stand-in for an array, a dtype or a namespace of a pickle: its arguments and its state."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class PaddleUnpickler(pickle.Unpickler):
+    """Reads what PaddlePaddle saves: what a name stands for is harmless, or refused. [R]"""
+
+    def find_class(self, module: str, name: str) -> Callable:
+        known = {
+            "numpy.core.multiarray._reconstruct": Stub,
+            "numpy.core.multiarray.scalar": Stub,
+            "numpy.ndarray": Stub,
+            "numpy.dtype": Stub,
+            "argparse.Namespace": Stub,
+            "collections.OrderedDict": OrderedDict,
+            "builtins.tuple": tuple,
+            "builtins.bytes": lambda: b"",  # protocol 2 has no bytes: empty ones, and others
+            "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+        }
+        today = {"numpy._core.multiarray": "numpy.core.multiarray", "__builtin__": "builtins"}
+        full = f"{today.get(module, module)}.{name}"
+        if full not in known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return known[full]
+
+
+def read_paddle(path: str | Path) -> Any:
+    """A file of the authors, as if it were ours: {"model": weights by our names}. [R]
+
+    A tensor in it is a numpy array, or (name, array); one over 1 GiB is cut into pieces. Linear
+    weights, the only ones of two dimensions, become torch's (out, in). What is no dict is returned
+    as it is. Raises any exception for what is damaged or names anything that is not expected.
+    """
+    with open(path, "rb") as file:
+        saved = PaddleUnpickler(file).load()
+    if not isinstance(saved, dict):
+        return saved
+    state = saved.get("model", saved)
+    arrays = {k: v[1] if isinstance(v, tuple) else v for k, v in state.items()}
+    tensors = {k: paddle_tensor(v) for k, v in arrays.items() if isinstance(v, Stub)}
+    for name, big in state.get("UnpackBigParamInfor@@", {}).items():
+        pieces = [tensors.pop(key) for key in big["slices"]]
+        tensors[name] = torch.cat(pieces).reshape(big["OriginShape"])
+    pretrained = any(name.startswith("decoder") for name in tensors)
+    weights = {}
+    for name, x in tensors.items():
+        if name.startswith("decoder_pos_embed"):
+            continue  # a fixed table
+        if pretrained:
+            pattern = next(p for p in PADDLE_NAMES if re.match(p, name))
+            name = re.sub(f"^{pattern}", PADDLE_NAMES[pattern], name)
+        x = x.T.contiguous() if x.ndim == 2 else x
+        weights[name] = x[None] if name.endswith("original0") else x  # magnitudes: (1, in) in torch
+    return dict(model=weights)
+
+
+def paddle_tensor(array: Stub) -> Tensor:
+    """The tensor that an array's state (1, shape, dtype, Fortran order, bytes) describes."""
+    _, shape, dtype, fortran, content = array.state
+    kind, order = dtype.args[0], dtype.state[1]
+    if kind not in PADDLE_DTYPES or order == ">":
+        raise pickle.UnpicklingError(f"it has an array of {order}{kind}")
+    flat = torch.frombuffer(bytearray(content), dtype=PADDLE_DTYPES[kind])  # a copy, to write to
+    if fortran:
+        return flat.reshape(shape[::-1]).permute(*reversed(range(len(shape))))
+    return flat.reshape(shape)
+
+
 def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
     """Fill a ViT from a file; returns the names of what the file does not hold, left as it was.
 
-    The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, or a state dict
-    with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it are left out.
-    The head, and the norm before it, are taken where they fit. Sin-cos positions of another grid
-    are made anew, learned ones resized. truncated: the file may have fewer blocks than the ViT
-    [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
+    The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, the authors', or
+    a state dict with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it
+    are left out. The head, and the norm before it, are taken where they fit. Sin-cos positions of
+    another grid are made anew, learned ones resized. truncated: the file may have fewer blocks than
+    the ViT [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
     """
     saved = load_file(path)
-    state = next(
-        (saved[k] for k in ("model", "state_dict") if isinstance(saved.get(k), dict)), saved
-    )
-    tensors = [(k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)]
-    weights = {k.removeprefix("module."): v for k, v in tensors}
+    weights = named_tensors(saved)
     prefix = "encoder." if "encoder.cls_token" in weights else ""  # of our pre-training checkpoints
     weights = {
         k.removeprefix(prefix): v
@@ -2050,23 +2167,98 @@ def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
     ends = ("norm.", "fc_norm.", "head.")  # as the classes and the pooling want them
     late = ()
     if truncated:
-        blocks = {k.split(".")[1] for k in weights if k.startswith("blocks.")}
-        late = tuple(f"blocks.{k}." for k in range(len(blocks), vit.config.depth))
-    wrong = [k for k in unused if not k.startswith(ends)]
-    problems = {
-        "missing": [k for k in missing if k not in weights and not k.startswith(ends + late)],
-        "unexpected": [k for k in wrong if k not in own],
-        "of another shape": [
-            f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in wrong if k in own
-        ],
-    }
-    found = "; ".join(f"{len(v)} {k}: {in_short(v)}" for k, v in problems.items() if v)
+        late = tuple(
+            f"blocks.{k}." for k in range(count_below(weights, "blocks."), vit.config.depth)
+        )
+    found = misfits(weights, own, but=ends + late)
     require(not found, f"--from {path} does not fit the model: {found}")
     vit.load_state_dict(own | fitting)
     report = f"{len(fitting)} of {len(own)} tensors from {path}"
     report += f"; at random: {in_short(missing)}" if missing else ""
     say(report + (f"; unused: {in_short(unused)}" if unused else ""))
     return missing
+
+
+def named_tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict in a file, bare or under "model" or "state_dict"."""
+    state = next(
+        (saved[k] for k in ("model", "state_dict") if isinstance(saved.get(k), dict)), saved
+    )
+    tensors = [(k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)]
+    return {k.removeprefix("module."): v for k, v in tensors}
+
+
+def count_below(weights: Iterable[str], prefix: str) -> int:
+    """How many parts there are below a name that ends in a dot: blocks below "blocks."."""
+    return len({k[len(prefix) :].split(".")[0] for k in weights if k.startswith(prefix)})
+
+
+def misfits(weights: dict[str, Tensor], own: dict[str, Tensor], but: tuple[str, ...] = ()) -> str:
+    """What keeps `weights` from being the state dict `own`, apart from names that begin with one
+    of `but`; empty where nothing does."""
+    names = [k for k in own | weights if not k.startswith(but)]
+    both = [k for k in names if k in weights and k in own]
+    shapes = {k: (tuple(weights[k].shape), tuple(own[k].shape)) for k in both}
+    problems = {
+        "missing": [k for k in names if k not in weights],
+        "unexpected": [k for k in names if k not in own],
+        "of another shape": [f"{k} {a} for {b}" for k, (a, b) in shapes.items() if a != b],
+    }
+    return "; ".join(f"{len(v)} {k}: {in_short(v)}" for k, v in problems.items() if v)
+
+
+def encoder_shape(weights: dict[str, Tensor], path: str | Path) -> dict[str, int]:
+    """The fields of `Config` that follow from the shapes of a ViT's weights, under timm's names: of
+    an encoder for square images all but the heads. Raises UserError for other weights."""
+    try:
+        D, C, P, _ = weights["patch_embed.proj.weight"].shape
+        side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    except (KeyError, ValueError, IndexError):
+        raise UserError(f"{path} holds no weights of a ViT") from None
+    depth = count_below(weights, "blocks.")
+    return dict(depth=depth, width=D, channels=C, patch_size=P, image_size=side * P)
+
+
+def load_mirl(path: str | Path, **overrides) -> MIRL:
+    """The model that a file of pre-training holds, decoders and all.
+
+    The file is our checkpoint.pt or the authors'. overrides: fields of `Config` to be replaced. The
+    authors' file tells all but `heads` and `decoder_heads`: these are of the model in MODELS with
+    as many blocks, of this width, in as many segments; of another model the overrides give them.
+    Raises UserError where the file holds no such model, or does not fit.
+    """
+    saved = load_file(path)
+    extended = ("feature_", "momentum_encoder.")  # what a further objective has added
+    weights = {k: v for k, v in named_tensors(saved).items() if not k.startswith(extended)}
+    require(
+        weights.keys() >= {"encoder.cls_token", "decoders.0.mask_token"},
+        f"{path} holds no decoders: give a checkpoint.pt of pre-training, or the authors' file of "
+        "a pre-trained model",
+    )
+    if "config" in saved:
+        fields = saved["config"]
+    else:
+        encoder = {k.removeprefix("encoder."): v for k, v in weights.items()}
+        fields = encoder_shape(encoder, path) | dict(
+            segments=count_below(weights, "decoders."),
+            decoder_width=weights["decoders.0.mask_token"].shape[2],
+            decoder_depth=count_below(weights, "decoders.0.blocks."),
+            weight_norm="decoders.0.head.weight" not in weights,
+        )
+        size = [fields[k] for k in ("depth", "width", "segments")]
+        for c in MODELS.values():
+            if size == [c.depth, c.width, c.segments]:
+                fields |= dict(heads=c.heads, decoder_heads=c.decoder_heads)
+        require(
+            fields.keys() | overrides >= {"heads", "decoder_heads"},
+            "{}: no model has {} blocks of width {} in {} segments, so its heads are not known: "
+            "give heads and decoder_heads".format(path, *size),
+        )
+    model = MIRL(Config(**fields | overrides))
+    found = misfits(weights, model.state_dict())
+    require(not found, f"{path} does not fit the model: {found}")
+    model.load_state_dict(weights)
+    return model
 
 
 def in_short(names: list[str]) -> str:

@@ -50,6 +50,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.models import ViT_B_16_Weights
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
@@ -68,6 +69,10 @@ RECIPES = {
     "cifar10": dict(model="vit_ti", data="cifar10", epochs=100, warmup_epochs=5, batch_size=512,
                     base_lr=1e-3, layer_decay=0.75, drop_path=0.1, randaug=9.0, mixup=0.8,
                     cutmix=1.0, ema_decay=0.9998),
+    # ten classes of ImageNet on one GPU
+    "imagenette": dict(model="vit_s", data="imagenette", image_size=160, epochs=100,
+                       warmup_epochs=5, batch_size=256, base_lr=1e-3, layer_decay=0.75,
+                       drop_path=0.1, randaug=9.0, mixup=0.8, cutmix=1.0, ema_decay=0.999),
     # [S A.1, Table 2]; what differs between the models is in TABLE_2
     "imagenet": dict(model="vit_b", data="data/imagenet", warmup_epochs=20, batch_size=2048,
                      base_lr=7.5e-4, randaug=9.0, mixup=0.8, cutmix=1.0, ema_decay=0.9998),
@@ -117,15 +122,16 @@ class Args(mirl.TrainingFlags):
     from_: str | None = flag(
         None,
         "weights to start from: a pre-training checkpoint, an encoder.pt, a fine-tuned model, or "
-        "timm's or MAE's weights; `scratch` for random ones. Default: runs/mirl-quick/encoder.pt "
-        "where it is there and the recipe is quick, else scratch",
+        "the authors', timm's or MAE's weights; `scratch` for random ones. Default: "
+        "runs/mirl-quick/encoder.pt where it is there and the recipe is quick, else scratch",
     )
     truncated: bool = flag(
         False, "allow --from to have fewer blocks than the model; the last ones start at random"
     )
     eval: bool = flag(
         False,
-        "evaluate the fine-tuned model --from, of whatever --model, on the validation images",
+        "evaluate the fine-tuned model --from on the validation images; a file of the authors, MAE "
+        "or timm must be of --model",
     )
     predict: tuple[str, ...] | None = flag(
         None,
@@ -142,9 +148,9 @@ class Args(mirl.TrainingFlags):
     model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
     data: str | None = flag(
         None,
-        "shapes (embedded), cifar10, cifar100 (downloaded), or a folder of train/<class>/ and "
-        "val/<class>/; to segment or detect, scenes (embedded) or a folder in the layout of ADE20K "
-        "or COCO",
+        "shapes (embedded), cifar10, cifar100, imagenette (downloaded), or a folder of "
+        "train/<class>/ and val/<class>/; to segment or detect, scenes (embedded) or a folder in "
+        "the layout of ADE20K or COCO",
     )
     train_images: int | None = flag(
         None,
@@ -230,7 +236,7 @@ def parse(argv: list[str] | None = None) -> Args:
     )
     require(
         not (args.eval or args.predict) or args.from_ != "scratch",
-        "--eval and --predict need --from, a model that this script fine-tuned",
+        "--eval and --predict need --from, a fine-tuned model",
     )
     return args
 
@@ -637,10 +643,14 @@ def new_vit(args: Args, classes: int) -> mirl.ViT:
     return vit
 
 
-def finetuned_model(task: Classification) -> tuple[nn.Module, list[str]]:
-    """The model in --from, which this script saved, on the device, and its classes' names."""
+def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
+    """The model in --from, on the device, and its classes' names: one that this script saved, or
+    what `classifier` makes of a file without a configuration and names, and None."""
     path, classes = task.args.from_, None
     saved = mirl.load_file(path)
+    if task.args.task == "classify" and not saved.keys() & {"config", "classes"}:
+        vit = classifier(mirl.named_tensors(saved), task.args.model, path)
+        return vit.to(task.device).eval(), None
     kind = saved.get("task", "classify")
     require(kind == task.args.task, f"--from {path} is a model to {kind}: add --task {kind}")
     try:
@@ -653,6 +663,28 @@ def finetuned_model(task: Classification) -> tuple[nn.Module, list[str]]:
     if not classes:
         raise UserError(f"--from {path} is no model that this script fine-tuned")
     return model.to(task.device).eval(), classes
+
+
+def classifier(weights: dict[str, Tensor], name: str, path: str) -> mirl.ViT:
+    """The classifier with these weights, under timm's names: a fine-tuned ViT of the authors, MAE
+    or timm.
+
+    Sizes and pooling follow from names and shapes, the heads from the model `name`. Raises
+    UserError for other weights, or where that model is of another depth or width.
+    """
+    require("head.weight" in weights, f"--from {path} is no fine-tuned model: it has no head")
+    shape, named = mirl.encoder_shape(weights, path), mirl.model_config(name)
+    require(
+        (shape["depth"], shape["width"]) == (named.depth, named.width),
+        f"--from {path} has {shape['depth']} blocks of width {shape['width']}, and --model {name} "
+        f"has {named.depth} of {named.width}: give the --model that it is",
+    )
+    pool = "mean" if "fc_norm.weight" in weights else "cls"
+    model = mirl.build_vit(name, **shape, num_classes=len(weights["head.weight"]), pool=pool)
+    found = mirl.misfits(weights, model.state_dict())
+    require(not found, f"--from {path} is no plain ViT: {found}")
+    model.load_state_dict(weights)
+    return model
 
 
 def device_limit(config: mirl.Config) -> int:
@@ -706,9 +738,11 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
 def evaluate_file(task: Classification, val: mirl.Images) -> None:
     """Print the scores of the fine-tuned model --from."""
     model, classes = finetuned_model(task)
+    path, data, known = task.args.from_, task.args.data, model.config.num_classes
+    require(classes in (None, val.classes), f"--from {path} knows other classes than --data {data}")
     require(
-        classes == val.classes,
-        f"--from {task.args.from_} knows other classes than --data {task.args.data}",
+        known == len(val.classes),
+        f"--from {path} knows {known} classes, and --data {data} has {len(val.classes)}",
     )
     say(json.dumps(task.evaluate([model], task.validation(val, model.config))[0]))
 
@@ -716,12 +750,13 @@ def evaluate_file(task: Classification, val: mirl.Images) -> None:
 @torch.no_grad()
 def predict(task: Classification) -> None:
     """Print what the fine-tuned model --from sees in every image, and draw it where it can be."""
-    for path in task.args.predict:
-        require(Path(path).is_file(), f"--predict: there is no file {path}")
+    images = mirl.read_images("--predict", task.args.predict)
     model, classes = finetuned_model(task)
-    for path in task.args.predict:
-        image = mirl.read_image(path)
-        require(image is not None, f"--predict: {path} cannot be read")
+    if classes is None:
+        imagenet = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
+        count = model.config.num_classes
+        classes = imagenet if count == len(imagenet) else [f"class {i}" for i in range(count)]
+    for path, image in zip(task.args.predict, images, strict=True):
         say(path)
         drawn = task.tell(model, classes, image)
         if drawn is not None:

@@ -14,6 +14,9 @@ One GPU, CIFAR-10:
         --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id mirl \\
         train_pretrain.py --recipe imagenet --data /data/imagenet --out /shared/run --resume
 
+Without training, pictures of any images by a pre-trained model:
+    python train_pretrain.py --draw IMAGE… --from CHECKPOINT --out FOLDER
+
 A run leaves in --out: config.json, metrics.jsonl, checkpoint.pt (after every epoch), pictures, and
 at its end encoder.pt, the encoder alone under timm's names.
 """
@@ -44,6 +47,9 @@ RECIPES = {
                   base_lr=8e-3, picture_every=4),
     "cifar10": dict(model="vit_ti", data="cifar10", epochs=200, warmup_epochs=10, batch_size=512,
                     base_lr=5e-4, picture_every=20),
+    # ten classes of ImageNet on one GPU
+    "imagenette": dict(model="vit_s", data="imagenette", image_size=160, epochs=800,
+                       warmup_epochs=40, batch_size=256, base_lr=3e-4, picture_every=40),
     # [S A.1, Table 1]
     "imagenet": dict(model="vit_b", data="data/imagenet", epochs=300, warmup_epochs=20,
                      batch_size=4096, base_lr=1.5e-4, picture_every=20),
@@ -64,8 +70,8 @@ class Args(mirl.TrainingFlags):
     model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
     data: str | None = flag(
         None,
-        "shapes or scenes (embedded; scenes are for --image-size 64), cifar10, cifar100 "
-        "(downloaded), or a folder of images",
+        "shapes or scenes (embedded; scenes are for --image-size 64), cifar10, cifar100, "
+        "imagenette (downloaded), or a folder of images",
     )
     out: str | None = flag(None, "the run's folder; default runs/<method>-<recipe>")
     mask_ratio: float = flag(0.75, "share of the patches that are hidden from the encoder")
@@ -103,6 +109,14 @@ class Args(mirl.TrainingFlags):
         "train nothing; draw losses and logged gradient norms of the runs in these folders into "
         "--out (default: the first of them); needs pip install -e '.[plot]'",
     )
+    draw: tuple[str, ...] | None = flag(
+        None,
+        "train nothing; write what the pre-trained model --from makes of these image files as "
+        "reconstruction.png into --out",
+    )
+    from_: str | None = flag(
+        None, "for --draw: a checkpoint.pt of pre-training, or the authors' pre-trained model"
+    )
     picture_every: int | None = flag(
         None, "epochs between two pictures; 0: at the end alone", low=0
     )
@@ -111,6 +125,12 @@ class Args(mirl.TrainingFlags):
 
 def parse(argv: list[str] | None = None) -> Args:
     args = mirl.parse_flags(Args, argv, __doc__, RECIPES)
+    require(not (args.draw and args.plot), "--draw and --plot exclude each other: give one of them")
+    require(
+        bool(args.draw) == bool(args.from_) and (args.out or not args.draw),
+        "--draw needs --from, a pre-trained model, and --out, a folder for the picture; --from is "
+        "for --draw alone",
+    )
     args.settle(args.plot[0] if args.plot else f"runs/{args.method}-{args.recipe}")
     return args
 
@@ -124,7 +144,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.plot:
         return plot(args.plot, Path(args.out))
-    with mirl.interruptible(args.out), mirl.processes(args.device) as device:
+    run_folder = None if args.draw else args.out
+    with mirl.interruptible(run_folder), mirl.processes(args.device) as device:
+        if args.draw:
+            return draw_files(args, device)
         mirl.check_out(args.out, args.resume)
         mirl.check_machine(args, device)
 
@@ -174,8 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         draw(model, shown, args, "reconstruction.png")
         say(
             f"done: {run.out / 'encoder.pt'} for fine-tuning, and a picture to look at, "
-            f"{run.out / 'reconstruction.png'} (columns: ground truth, masked, reconstruction, "
-            "residual, main component)"
+            f"{run.out / 'reconstruction.png'} ({COLUMNS})"
         )
 
 
@@ -329,6 +351,9 @@ def random_boxes(n: int, height: int, width: int, device: torch.device) -> Tenso
 # ------------------------------------------------------------------------------------------------
 
 
+COLUMNS = "columns: ground truth, masked, reconstruction, residual, main component"
+
+
 @torch.no_grad()
 def draw(model: mirl.MIRL, images: Tensor, args: Args, name: str) -> None:
     """One row of five panels an image, under the same masks every time. [S C, Figure 1]"""
@@ -343,6 +368,17 @@ def draw(model: mirl.MIRL, images: Tensor, args: Args, name: str) -> None:
     zoom = max(1, 96 // max(images.shape[2:]))  # so that small images can be seen
     grid = make_grid(F.interpolate(pictures, scale_factor=zoom), nrow=5, padding=4, pad_value=1)
     mirl.save(Path(args.out) / name, lambda path: save_image(grid, path))
+
+
+def draw_files(args: Args, device: torch.device) -> None:
+    """reconstruction.png of the image files --draw, by the pre-trained model --from."""
+    model = mirl.load_mirl(args.from_, mask_ratio=args.mask_ratio).to(device)
+    fit = mirl.whole_image(model.config.image_hw)
+    images = torch.stack([fit(image) for image in mirl.read_images("--draw", args.draw)])
+    images = mirl.normalise_images(images.to(device))
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    draw(model, images, args, "reconstruction.png")
+    say(f"drawn: {Path(args.out) / 'reconstruction.png'} ({COLUMNS})")
 
 
 def plot(runs: tuple[str, ...], out: Path) -> None:

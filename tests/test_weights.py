@@ -1,0 +1,500 @@
+"""Files of others: the authors' in PaddlePaddle's format, MAE's and timm's; and ours in timm."""
+
+import argparse
+import builtins
+import dataclasses
+import lzma
+import os
+import pickle
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import make_shapes, write_images
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import save_image
+
+import mirl
+import train_finetune
+import train_pretrain
+from mirl import UserError
+
+DATA = Path(__file__).parent / "data"
+SAMPLE = mirl.Config(6, 32, 4, image_size=32, patch_size=4)
+USUAL = ["--device", "cpu", "--workers", "0"]
+finetune = partial(conftest.run, train_finetune, *USUAL)
+pretrain = partial(conftest.run, train_pretrain, *USUAL)
+
+
+@pytest.fixture
+def sample(tmp_path, monkeypatch):
+    """A fine-tuned model that the authors' code made, and a --model that has its heads."""
+    monkeypatch.setitem(mirl.MODELS, "sample", SAMPLE)
+    path = tmp_path / "finetune_checkpoint-99.pd"
+    path.write_bytes(lzma.decompress((DATA / "finetune_checkpoint-99.pd.xz").read_bytes()))
+    return path
+
+
+def pickled(path, content, protocol):
+    path.write_bytes(pickle.dumps(content, protocol))
+    return str(path)
+
+
+def stored(path, content):
+    torch.save(content, path)
+    return str(path)
+
+
+def perturbed(model):
+    """Every parameter and position moved, so that none is as it starts."""
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+# -- reading the authors' format --
+
+
+def test_the_sample_holds_what_it_is_said_to(sample):
+    expected = np.load(DATA / "finetune_expected.npz")
+    weights = mirl.load_file(sample)["model"]
+    names, shapes = expected["names"], [[*map(int, s.split(","))] for s in expected["shapes"]]
+    values = np.split(expected["values"], np.cumsum([np.prod(s) for s in shapes])[:-1])
+    assert list(weights) == list(names) and len(names) == 80
+    for name, shape, value in zip(names, shapes, values, strict=True):
+        value = value.reshape(shape)  # PaddlePaddle's linear weights are (in, out)
+        assert np.array_equal(weights[name].numpy(), value.T if len(shape) == 2 else value), name
+    model = train_finetune.classifier(weights, "sample", sample)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(expected["images"]))
+    torch.testing.assert_close(logits, torch.from_numpy(expected["logits"]), rtol=0, atol=1e-5)
+
+
+class Saved:
+    """A tensor as PaddlePaddle pickles it: tuple((name, array))."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __reduce__(self):
+        return tuple, (("parameter_0", self.array),)
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: ("parameter_0", x), Saved])
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_arrays_of_every_kind(tmp_path, protocol, form):
+    rng = np.random.default_rng(0)
+    numbers = (3 * rng.standard_normal((5, 3, 2))).astype("f4")
+    kinds = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
+    arrays = {kind: numbers.astype(kind) for kind in kinds}
+    arrays |= dict(fortran=np.asfortranarray(numbers), linear=numbers[:, :, 0].copy())
+    state = OrderedDict((name, form(array)) for name, array in arrays.items())
+    # the upper half of a float32's bits are a bfloat16
+    state["bf16"] = form((numbers.view("u4") >> 16).astype("u2"))
+    state["StructuredToParameterName@@"] = {"f4": "parameter_0"}
+    whole = dict(model=state, epoch=99, args=argparse.Namespace(lr=0.1), scaler=np.float32(2))
+    whole["optimizer"] = [np.zeros(0, "f4"), {"LR_Scheduler": None}]
+    for content in (whole, state):
+        path = tmp_path / "a.pd"
+        raw = pickle.dumps(content, protocol)
+        if protocol < 4:  # text that older versions of numpy wrote
+            raw = raw.replace(b"numpy._core", b"numpy.core")
+        path.write_bytes(raw)
+        found = mirl.load_file(path)["model"]
+        assert found.keys() == arrays.keys() | {"bf16"}
+        for name, array in arrays.items():
+            expected = torch.from_numpy(np.ascontiguousarray(array.T if array.ndim == 2 else array))
+            assert found[name].dtype == expected.dtype and torch.equal(found[name], expected), name
+        assert found["bf16"].dtype == torch.bfloat16
+        torch.testing.assert_close(
+            found["bf16"].float(), torch.from_numpy(numbers), rtol=0.01, atol=0
+        )
+
+
+def test_large_tensors_come_in_slices(tmp_path):
+    whole = np.arange(12, dtype="f4").reshape(3, 4)
+    pieces = {"w@@.0": whole.ravel()[:5], "w@@.1": whole.ravel()[5:]}
+    info = {"w": {"OriginShape": (3, 4), "slices": list(pieces)}}
+    state = pieces | {"b": np.ones(2, "f4"), "UnpackBigParamInfor@@": info}
+    found = mirl.load_file(pickled(tmp_path / "a.pd", state, 2))["model"]
+    assert found.keys() == {"w", "b"} and torch.equal(found["w"], torch.from_numpy(whole).T)
+
+
+class Call:
+    def __init__(self, function, *args):
+        self.what = function, args
+
+    def __reduce__(self):
+        return self.what
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_no_pickle_runs_anything(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
+    np.save("array.npy", np.ones(2))
+    cases = {
+        "system": Call(os.system, "touch ran"),
+        r"(builtins|__builtin__)\.eval": Call(builtins.eval, "open('ran', 'w')"),
+        r"numpy.*\bload": Call(np.load, "array.npy"),
+        r"numpy.*\bmemmap": Call(np.memmap, "ran", "u1", "w+", 0, (4,)),
+        r"\.getattr": Call(getattr, "", "join"),
+        r"torch\.": torch.ones(2),
+    }
+    for name, hostile in cases.items():
+        for content in (hostile, dict(model={"a": np.ones(2), "b": hostile})):
+            path = pickled(tmp_path / "a.pd", content, protocol)
+            with pytest.raises(UserError, match=rf"a.pd is not .* read safely \(it names .*{name}"):
+                mirl.load_file(path)
+    assert not Path("ran").exists()
+
+
+def test_what_else_is_no_such_file(tmp_path, sample):
+    class Persistent(pickle.Pickler):
+        def persistent_id(self, thing):
+            return "elsewhere" if thing == 1 else None
+
+    raw = sample.read_bytes()
+    with open(tmp_path / "persistent.pd", "wb") as file:
+        Persistent(file, 4).dump({"model": 1})
+    array = np.arange(6, dtype="f4").reshape(2, 3)
+    whole = pickle.dumps({"a": array}, 2)
+    wrong = dict(
+        cut=raw[: len(raw) // 2],
+        last=raw[:-1],
+        first=raw[:2],
+        one=raw[:1],
+        empty=b"",
+        shape=whole.replace(b"K\x02K\x03\x86", b"K\x02K\x04\x86"),
+        big_endian=pickle.dumps({"a": array.astype(">f4")}, 2),
+        objects=pickle.dumps({"a": np.array([None])}, 2),
+        slices=pickle.dumps({"UnpackBigParamInfor@@": {"a": {"slices": ["b"]}}}, 2),
+    )
+    assert wrong["shape"] != whole
+    for name, content in wrong.items():
+        (tmp_path / f"{name}.pd").write_bytes(content)
+    for name in [*wrong, "persistent"]:
+        with pytest.raises(
+            UserError, match=rf"{name}.pd is not a checkpoint .* read safely \(.+\)"
+        ):
+            mirl.load_file(tmp_path / f"{name}.pd")
+    with pytest.raises(UserError, match="it holds a list"):
+        mirl.load_file(pickled(tmp_path / "list.pd", [array], 4))
+
+
+def test_other_files_are_read_by_torch(tmp_path):
+    """Its old format is a pickle too; MAE's checkpoints hold the flags as a Namespace."""
+    content = dict(model={"linear": torch.ones(2, 3)}, args=argparse.Namespace(lr=0.1))
+    for new in (True, False):
+        torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+        found = mirl.load_file(tmp_path / "a.pth")
+        assert found["model"]["linear"].shape == (2, 3) and found["args"].lr == 0.1
+
+
+# -- pre-trained models --
+
+
+def authors_file(path, model, protocol=4, **more):
+    """A MIRL model under the authors' names, in their layout."""
+    state, last = {}, model.config.segments - 1
+
+    def add(name, x, transpose=True):
+        array = x.detach().numpy()
+        state[name] = array.T.copy() if transpose and array.ndim == 2 else array
+
+    def add_all(name, module):
+        for key, x in module.named_parameters():
+            add(f"{name}.{key}", x)
+
+    for key, x in model.encoder.state_dict().items():
+        add(key, x)
+    add_all("norm_low", model.input_norm)
+    add_all("decoder_embed0_1", model.input_embed)
+    for k, decoder in enumerate(model.decoders):
+        if k < last:
+            add_all(f"norm{k}", model.segment_norms[k])
+        add_all(f"decoder_embed{k}", model.segment_embeds[k])
+        add(f"mask_token{k}", decoder.mask_token)
+        add(f"decoder_pos_embed{k}", decoder.pos_embed)
+        for i, block in enumerate(decoder.blocks):
+            norms = dict(norm1=block.norm1, norm2=block.norm_x, norm3=block.norm_y)
+            parts = norms | dict(norm4=block.norm2, attn=block.attn, mlp=block.mlp)
+            for name, module in (parts | dict(cross_attn=block.cross_attn)).items():
+                add_all(f"decoder_blocks{k}.{i}.{name}", module)
+        add_all(f"decoder_norm{k}", decoder.norm)
+        add(f"decoder_pred{k}.bias", decoder.head.bias)
+        if model.config.weight_norm:
+            weight = decoder.head.parametrizations.weight
+            add(f"decoder_pred{k}.weight_g", weight.original0[0])
+            add(f"decoder_pred{k}.weight_v", weight.original1)
+        else:
+            add(f"decoder_pred{k}.weight", decoder.head.weight)
+    return pickled(path, dict(model=state | more, epoch=799), protocol)
+
+
+@pytest.mark.parametrize("weight_norm", [True, False])
+@pytest.mark.parametrize("name", ["vit_pico_12", "vit_nano", "vit_pico_48"])
+def test_a_pre_trained_model_of_the_authors_has_its_loss(tmp_path, name, weight_norm):
+    fields = dict(weight_norm=weight_norm, decoder_depth=2, image_size=16)
+    model = perturbed(mirl.build_mirl(name, **fields)).eval()
+    path = authors_file(tmp_path / "checkpoint-799.pd", model)
+    loaded = mirl.load_mirl(path).eval()
+    assert loaded.config == model.config
+    images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    with torch.no_grad():
+        expected, found = (m(images, noise).losses for m in (model, loaded))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    vit = mirl.build_vit(name, image_size=16, pool="none")
+    assert mirl.load_encoder(vit, path) == []
+    with torch.no_grad():
+        torch.testing.assert_close(vit(images), model.encoder(images))
+
+
+def test_heads_of_a_model_that_is_not_in_the_table(tmp_path):
+    fields = dict(depth=4, heads=4, decoder_heads=4, decoder_depth=2, segments=2)
+    model = perturbed(mirl.build_mirl("vit_nano", **fields))
+    path = authors_file(tmp_path / "a.pd", model)
+    with pytest.raises(
+        UserError, match=r"4 blocks of width 96 in 2 segments.*: give heads and deco"
+    ):
+        mirl.load_mirl(path)
+    loaded = mirl.load_mirl(path, heads=4, decoder_heads=4, mask_ratio=0.5)
+    assert loaded.config == dataclasses.replace(model.config, mask_ratio=0.5)
+
+
+def test_names_that_do_not_fit_are_listed(tmp_path):
+    model = mirl.build_mirl("vit_nano")
+    wrong = {"decoder_gate0": np.ones(2), "cls_token": np.ones((1, 1, 5))}
+    for load in (mirl.load_mirl, partial(mirl.load_encoder, mirl.build_vit("vit_nano"))):
+        with pytest.raises(UserError, match=r"does not fit .*cls_token \(1, 1, 5\) for \(1, 1, 96"):
+            load(authors_file(tmp_path / "a.pd", model, **wrong))
+    with pytest.raises(UserError, match=r"fit the model: 1 unexpected: encoder.decoder_gate0$"):
+        mirl.load_mirl(authors_file(tmp_path / "a.pd", model, decoder_gate0=np.ones(2)))
+    with pytest.raises(UserError, match=r"1 missing: encoder.norm.bias$"):
+        mirl.load_mirl(authors_file(tmp_path / "a.pd", model, **{"norm.bias": None}))
+
+
+def test_our_checkpoints_become_models_again(tmp_path):
+    """Also where further objectives left more in them."""
+    config = mirl.model_config("vit_nano", segments=4, heads=2)
+    model = perturbed(mirl.ExtendedMIRL(config, mirl.Objectives(feature=1.0)))
+    saved = dict(model=model.state_dict(), config=dataclasses.asdict(config))
+    loaded = mirl.load_mirl(stored(tmp_path / "checkpoint.pt", saved), mask_ratio=0.5)
+    assert loaded.config == dataclasses.replace(config, mask_ratio=0.5)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
+    model.config = loaded.config
+    with torch.no_grad():
+        expected = mirl.MIRL.forward(model, images, noise).loss
+        torch.testing.assert_close(loaded(images, noise).loss, expected)
+    mirl.save_model(tmp_path / "encoder.pt", model.encoder)
+    with pytest.raises(UserError, match=r"encoder.pt holds no decoders: give a checkpoint.pt"):
+        mirl.load_mirl(tmp_path / "encoder.pt")
+
+
+# -- fine-tuned models --
+
+
+def test_evaluating_and_predicting_with_the_sample(tmp_path, sample, capsys):
+    """The same model as a file of ours, which knows its classes, is the reference."""
+    for i in range(10):
+        for split in ("train", "val"):
+            write_images(tmp_path / "data" / split / f"class {i}", 2, i)
+    data = ["--data", tmp_path / "data"]
+    model = train_finetune.classifier(mirl.load_file(sample)["model"], "sample", sample)
+    mirl.save_model(tmp_path / "ours.pt", model, classes=[f"class {i}" for i in range(10)])
+    image = tmp_path / "data" / "val" / "class 3" / "001.png"
+    printed = []
+    for path in (sample, tmp_path / "ours.pt"):
+        assert finetune("--eval", "--from", path, "--model", "sample", *data) == 0
+        assert finetune("--predict", image, "--from", path, "--model", "sample") == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].count("%  class ") == 5
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_classifiers_of_timm_and_mae(tmp_path, capsys, pool):
+    """Bare or wrapped, with learned positions, of other patches; 1000 classes are ImageNet's."""
+    model = perturbed(mirl.build_vit("vit_nano", image_size=48, patch_size=8, pool=pool))
+    model.pos_embed += torch.randn_like(model.pos_embed)
+    model.head.bias.data[[0, 999]] += torch.tensor([30.0, 32.0])
+    write_images(tmp_path, 1)
+    for state in (model.state_dict(), {"model": model.state_dict(), "epoch": 3}):
+        path = stored(tmp_path / "a.pth", state)
+        loaded, classes = train_finetune.finetuned_model(path, "vit_nano")
+        assert loaded.config == model.config and classes is None
+        images = torch.randn(2, 3, 48, 48)
+        torch.testing.assert_close(loaded(images), model(images))
+        assert finetune("--predict", tmp_path / "000.png", "--from", path) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("%  ")[1] for line in lines[1:3]] == ["toilet tissue", "tench"]
+
+
+def test_classifiers_that_are_refused(tmp_path, sample, capsys):
+    (
+        write_images(tmp_path / "data" / "train" / "cat"),
+        write_images(tmp_path / "data" / "val" / "cat"),
+    )
+    state = mirl.build_vit("vit_nano").state_dict()
+    gated = stored(tmp_path / "gated.pth", state | {"blocks.0.ls1.gamma": torch.ones(96)})
+    headless = authors_file(tmp_path / "a.pd", mirl.build_mirl("vit_nano"))
+    foreign = stored(tmp_path / "b.pth", {"head.weight": torch.ones(2, 2)})
+    for path, model, message in (
+        (sample, "vit_nano", "has 6 blocks of width 32, and --model vit_nano has 6 of 96"),
+        (sample, "vit_x", "there is no model 'vit_x'"),
+        (sample, "sample", f"knows 10 classes, and --data {tmp_path / 'data'} has 1"),
+        (headless, "vit_nano", "is no fine-tuned model: it has no head"),
+        (gated, "vit_nano", "is no plain ViT: 1 unexpected: block 0"),
+        (foreign, "vit_nano", "holds no weights of a ViT"),
+    ):
+        flags = ["--from", path, "--model", model, "--data", tmp_path / "data"]
+        assert finetune("--eval", *flags) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_fine_tuning_starts_from_the_sample(tmp_path, sample, capsys):
+    flags = ["--epochs", 1, "--warmup-epochs", 0, "--batch-size", 8, "--train-images", 8]
+    flags += ["--from", sample, "--model", "sample", "--out", tmp_path / "run", "--lr", 1e-9]
+    assert finetune(*flags) == 0
+    assert "78 of 80 tensors" in capsys.readouterr().out
+    trained = mirl.load_file(tmp_path / "run" / "raw-last.pt")["model"]
+    for name, x in mirl.load_file(sample)["model"].items():
+        assert name.startswith("head.") or torch.allclose(trained[name], x, atol=1e-6), name
+
+
+# -- our files in timm --
+
+
+def timm_vit(**fields):
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    shape = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3)
+    return vision_transformer.VisionTransformer(**shape, **fields).eval()
+
+
+def test_the_encoder_in_timm(tmp_path):
+    theirs = timm_vit(num_classes=0)
+    model = perturbed(mirl.build_mirl("vit_nano"))
+    mirl.save_model(tmp_path / "encoder.pt", model.encoder)
+    theirs.load_state_dict(torch.load(tmp_path / "encoder.pt")["model"])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.forward_features(images), model.encoder(images))
+
+
+@pytest.mark.parametrize(("pool", "theirs"), [("mean", "avg"), ("cls", "token")])
+def test_a_fine_tuned_model_in_timm_and_back(tmp_path, pool, theirs):
+    theirs = timm_vit(num_classes=10, global_pool=theirs)
+    model = perturbed(mirl.build_vit("vit_nano", num_classes=10, pool=pool))
+    mirl.save_model(tmp_path / "raw-best.pt", model, classes=list("abcdefghij"))
+    images = torch.randn(2, 3, 32, 32)
+    back = stored(tmp_path / "timm.pth", perturbed(theirs).state_dict())
+    with torch.no_grad():
+        ours, _ = train_finetune.finetuned_model(back, "vit_nano")
+        torch.testing.assert_close(ours(images), theirs(images))
+        theirs.load_state_dict(torch.load(tmp_path / "raw-best.pt")["model"])
+        torch.testing.assert_close(theirs(images), model(images))
+
+
+# -- pictures of any images --
+
+
+def drawn(path):
+    """The panels of a picture of 32-pixel images, (rows, 5, 3, 32, 32) in 0..255."""
+    picture = TF.pil_to_tensor(Image.open(path))
+    rows, columns = (n // 100 for n in picture.shape[1:])
+    assert picture.shape == (3, 100 * rows + 4, 100 * columns + 4)
+    panels = picture[:, 4:, 4:].unfold(1, 96, 100).unfold(2, 96, 100)  # (3, rows, 5, 96, 96)
+    return panels[..., 1::3, 1::3].permute(1, 2, 0, 3, 4).int()
+
+
+@pytest.mark.parametrize("authors", [False, True])
+def test_pictures_of_any_images(tmp_path, authors, capsys):
+    model = perturbed(mirl.build_mirl("vit_nano", segments=2))
+    saved = dict(model=model.state_dict(), config=dataclasses.asdict(model.config))
+    path = stored(tmp_path / "checkpoint.pt", saved)
+    if authors:
+        path = authors_file(tmp_path / "a.pd", model)
+    images = make_shapes(33, 0).images[:2]
+    wide = torch.cat([images[1][..., :8], images[1], images[1][..., :8]], dim=2)  # 32 x 48
+    save_image(images[0] / 255, tmp_path / "a.png")
+    save_image(wide / 255, tmp_path / "b.png")
+    files, panels = ["--draw", tmp_path / "a.png", tmp_path / "b.png"], {}
+    for flags in ([], ["--seed", 1], ["--mask-ratio", 0.5]):
+        out = tmp_path / "out" / "".join(map(str, flags))
+        assert pretrain(*files, "--from", path, "--out", out, *flags) == 0
+        assert f"drawn: {out / 'reconstruction.png'} (columns" in capsys.readouterr().out
+        assert [p.name for p in out.iterdir() if p.is_file()] == ["reconstruction.png"]
+        panels[tuple(flags)] = found = drawn(out / "reconstruction.png")
+        assert (found[:, 0] - images).abs().max() <= 1  # the wide one cropped
+        hidden = (found[:, 1] == 128).all(dim=1).float().mean(dim=(1, 2))
+        share = 0.5 if "--mask-ratio" in flags else 0.75
+        assert hidden.tolist() == pytest.approx([share, share], abs=0.02)
+    noise = torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
+    pixels = mirl.normalise_images(images)
+    expected = mirl.panels(pixels, model(pixels, noise), 4) * 255
+    assert (panels["--seed", 1] - expected).abs().max() <= 1
+
+
+def test_pictures_that_cannot_be_drawn(tmp_path, capsys):
+    model = mirl.build_mirl("vit_nano")
+    path = authors_file(tmp_path / "a.pd", model)
+    write_images(tmp_path, 1)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    for image, flags, message in (
+        ("none.png", [], "--draw: there is no file"),
+        ("bad.png", [], "bad.png can be read"),
+        ("000.png", ["--picture-pair", 2], "there is no pair 2: the model has 1"),
+        ("000.png", ["--mask-ratio", 1], "mask_ratio must be between 0 and 1"),
+    ):
+        flags = ["--draw", tmp_path / image, "--from", path, "--out", tmp_path / "out", *flags]
+        assert pretrain(*flags) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "reconstruction.png").exists()
+
+
+# -- Imagenette --
+
+
+def test_imagenette_in_its_layout(tmp_path, monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+    monkeypatch.setattr("torchvision.datasets.imagenette.download_and_extract_archive", offline)
+    for script in (train_pretrain, train_finetune):
+        flags = [*USUAL, "--data", "imagenette", "--data-dir", tmp_path, "--out", tmp_path / "run"]
+        assert conftest.run(script, *flags) == 2
+        error = capsys.readouterr().err
+        assert "--data imagenette could not be downloaded into" in error and error.count("\n") == 1
+    names = dict(n03888257="parachute", n01440764="tench", n03000684="chain saw")
+    for folder in names:
+        for split, count in (("train", 4), ("val", 2)):
+            place = tmp_path / "imagenette2-320" / split / folder
+            place.mkdir(parents=True)
+            for i, image in enumerate(make_shapes(33, 0).images[:count]):
+                TF.to_pil_image(image).save(place / f"{folder}_{i}.JPEG")
+    train, val = (mirl.load_data("imagenette", str(tmp_path), s) for s in ("train", "val"))
+    assert train.classes == val.classes == ["tench", "chain saw", "parachute"]
+    assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(val.labels) == 6
+    assert "n03000684" in val.name(2) and train.read(11).shape == (3, 32, 32)
+    flags = ["--data", "imagenette", "--data-dir", tmp_path, "--epochs", 1, "--warmup-epochs", 0]
+    for script in (train_pretrain, train_finetune):
+        run_flags = [*flags, "--batch-size", 4, "--out", tmp_path / script.__name__]
+        run_flags += ["--train-images", 12] if script is train_finetune else []
+        assert conftest.run(script, *USUAL, *run_flags) == 0
+    assert mirl.load_file(tmp_path / "train_finetune" / "raw-last.pt")["classes"] == train.classes
+
+
+def test_the_recipe_of_imagenette():
+    args = train_pretrain.parse(["--recipe", "imagenette"])
+    config = train_pretrain.model_config(args)
+    assert (config.depth, config.width, config.num_patches) == (12, 384, 100)
+    args = train_finetune.parse(["--recipe", "imagenette"])
+    assert (args.model, args.image_size, args.data) == ("vit_s", 160, "imagenette")
+    assert isinstance(train_finetune.new_model(args, 10).head, nn.Linear)
