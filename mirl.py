@@ -924,7 +924,6 @@ def mask_rcnn(
     sizes: tuple[int, ...] = tuple(range(480, 801, 32)),
     longest: int = 1333,
     width: int = 256,
-    anchor: int = 8,
     dtype: torch.dtype = torch.float32,
     **more,
 ) -> detection.MaskRCNN:
@@ -933,10 +932,9 @@ def mask_rcnn(
     It takes a list of images, float (C, h, w), ImageNet-normalised, and in training the targets
     that torchvision describes, and returns its losses or detections. num_classes counts the
     background, class 0, as torchvision does. An image's short side becomes one of `sizes`, drawn in
-    training and the last in evaluation, the long side at most `longest`. Anchors have sides of
-    `anchor` strides; in images of 64 pixels 8 of them, 32 pixels, are too many for most objects,
-    and 4 do. Encoder and FPN run under autocast to `dtype`, all else in float32. Heads of another
-    width are narrowed in proportion. more: torchvision's other arguments.
+    training and the last in evaluation, the long side at most `longest`. Anchors are torchvision's,
+    8 strides a side. Encoder and FPN run under autocast to `dtype`, all else in float32. Heads of
+    another width are narrowed in proportion. more: torchvision's other arguments.
     """
     model = FullPrecisionMaskRCNN(
         FeaturePyramid(vit, width, dtype),
@@ -944,9 +942,6 @@ def mask_rcnn(
         max_size=longest,
         image_mean=(0.0, 0.0, 0.0),
         image_std=(1.0, 1.0, 1.0),
-        rpn_anchor_generator=detection.rpn.AnchorGenerator(
-            tuple((anchor * stride,) for stride in (4, 8, 16, 32, 64)), ((0.5, 1.0, 2.0),) * 5
-        ),
         box_head=detection.faster_rcnn.TwoMLPHead(width * 7**2, 4 * width),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
         mask_head=detection.mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),

@@ -26,7 +26,7 @@ def vit(seed=0, **changes):
 
 
 def detector(dtype=torch.float32, sizes=(64,), **changes):
-    return mirl.mask_rcnn(vit(**changes), 5, sizes=sizes, width=16, anchor=4, dtype=dtype, **FEW)
+    return mirl.mask_rcnn(vit(**changes), 5, sizes=sizes, width=16, dtype=dtype, **FEW)
 
 
 def noise(*shape, seed=0):
@@ -292,7 +292,7 @@ def test_boxes_are_exact_under_bfloat16():
         for i in range(max(1, 32 // stride)):
             for j in range(1024 // stride):
                 for ratio in (0.5, 1, 2):
-                    h, w = 4 * stride * ratio**0.5 / 2, 4 * stride / ratio**0.5 / 2
+                    h, w = 8 * stride * ratio**0.5 / 2, 8 * stride / ratio**0.5 / 2
                     h, w, y, x = round(h), round(w), i * stride, j * stride
                     expected.append([x - w, y - h, x + w, y + h])
     assert anchors.dtype == torch.float32 and anchors.tolist() == expected
