@@ -802,19 +802,22 @@ def load_label_maps(root: Path, split: str) -> LabelMaps:
     return LabelMaps(images, labels, classes, str(root))
 
 
-def annotation_file(root: str | Path, split: str) -> Path:
-    """Where COCO's layout has the objects of a split."""
-    return Path(root) / "annotations" / f"instances_{split}2017.json"
+def annotation_file(folder: str | Path) -> Path:
+    """Where COCO's layout has the annotations of the images in this folder, `Objects.root`."""
+    folder = Path(folder)
+    return folder.parent / "annotations" / f"instances_{folder.name}.json"
 
 
 def load_objects(root: Path, split: str) -> Objects:
     """COCO's layout: {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json.
 
     Categories become the labels 1 … K in the order of their ids. Crowds are no objects. Training
-    images without any annotation are left out (117,266 of COCO's stay). Raises UserError for a file
-    that is not COCO's, or names an image or category that is not there.
+    images without any annotation are left out (117,266 of COCO's stay), and images that the file
+    does not list. Raises UserError for a file that is not COCO's, or names an image or category
+    that is not there.
     """
-    file, folder = annotation_file(root, split), root / f"{split}2017"
+    folder = root / f"{split}2017"
+    file = annotation_file(folder)
     require(file.is_file(), f"--data {root}: there is no {file}")
     try:
         content = json.loads(file.read_bytes())
@@ -872,7 +875,7 @@ def write_scenes(folder: Path) -> None:
                     annotations[-1] |= dict(category_id=int(kinds[k]) + 1)
             categories = [dict(id=k, name=name) for k, name in enumerate(mirl.SHAPES, start=1)]
             content = dict(images=images, annotations=annotations, categories=categories)
-            annotation_file(whole, split).write_text(json.dumps(content))
+            annotation_file(whole / f"{split}2017").write_text(json.dumps(content))
         (whole / "classes.txt").write_text("\n".join(("background", *mirl.SHAPES)) + "\n")
         if not folder.exists():  # another run may have been faster
             whole.rename(folder)
@@ -1000,6 +1003,15 @@ def slide(model: Callable, images: Tensor, size: int, stride: int, multiple: int
     return total / windows
 
 
+def segment(
+    model: Callable, images: Tensor, size: tuple[int, int], window: tuple[int, int] | None = None
+) -> Tensor:
+    """Logits float32 (B, classes, *size) of images (B, 3, H, W), seen whole or, with a window's
+    size and stride, by `slide`."""
+    logits = slide(model, images, *window) if window else whole(model, images)
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+
+
 @torch.no_grad()
 def evaluate_segments(
     models: list[nn.Module],
@@ -1010,8 +1022,7 @@ def evaluate_segments(
 ) -> list[dict[str, float]]:
     """Each model's `segmentation_scores`, at the labels' own size; an image counts once.
 
-    models: images (B, 3, H, W) -> logits (B, classes, H, W). window: size and stride for `slide`;
-    None for whole images.
+    models: images (B, 3, H, W) -> logits (B, classes, H, W). window: as `segment` takes it.
     """
     classes = len(loader.data.classes)
     matrices = torch.zeros(len(models), classes, classes, dtype=torch.int64, device=loader.device)
@@ -1023,17 +1034,10 @@ def evaluate_segments(
         for x, truth in [(images, labels)] if alike else singly:
             for model, matrix in zip(models, matrices, strict=True):
                 with mirl.autocast(loader.device, dtype):
-                    forward = model.forward
-                    logits = slide(forward, x, *window) if window else whole(forward, x)
-                logits = resized(logits, truth.shape[1:])
+                    logits = segment(model.forward, x, truth.shape[1:], window)
                 matrix += confusion(logits.argmax(dim=1), truth, classes)
     totals = sum(mirl.gather(matrices.cpu()))
     return [segmentation_scores(matrix) for matrix in totals]
-
-
-def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits float32 (B, classes, *size)."""
-    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
 
 def detections(image_id: int, output: dict[str, Tensor]) -> dict:
@@ -1088,11 +1092,11 @@ def coco_scores(found: list[dict], file: str | Path) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate_objects(
-    models: list[nn.Module], loader: mirl.Loader, batch: int, file: str | Path
+    models: list[nn.Module], loader: mirl.Loader, batch: int
 ) -> list[dict[str, float]]:
     """Each model's `coco_scores`; an image counts once.
 
-    models: a list of images (3, h, w) -> what `detections` takes, for each. file: the annotations.
+    models: a list of images (3, h, w) -> what `detections` takes, for each.
     """
     found: list[list[dict]] = [[] for _ in models]
     for model in models:
@@ -1103,11 +1107,16 @@ def evaluate_objects(
                 if target is not None:
                     results.append(detections(target["image_id"], output))
     everyone = mirl.gather(found)
-    scores = []
+    scores, file = [], annotation_file(loader.data.root)
     if mirl.RANK == 0:
         parts = zip(*everyone, strict=True)
         scores = [coco_scores([*itertools.chain(*part)], file) for part in parts]
     return mirl.gather(scores)[0]
+
+
+# a colour for each class or object
+PALETTE = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6"]
+PALETTE += ["#bcf60c", "#fabebe", "#008080", "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3"]
 
 
 def picture(image: Tensor, result: Tensor | dict[str, Tensor], classes: list[str]) -> Tensor:
@@ -1136,11 +1145,6 @@ def picture(image: Tensor, result: Tensor | dict[str, Tensor], classes: list[str
         lines = "white" if by_pixel else colors
         image = draw_bounding_boxes(image, boxes.cpu() * scale, names, lines, width=2)
     return image
-
-
-# a colour for each class or object
-PALETTE = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6"]
-PALETTE += ["#bcf60c", "#fabebe", "#008080", "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3"]
 
 
 def enlarged(x: Tensor, scale: int) -> Tensor:
