@@ -739,7 +739,7 @@ def draw_mask(segmentation: list | dict, h: int, w: int) -> Tensor:
         canvas = Image.new("L", (5 * w, 5 * h))
         for polygon in segmentation:
             ImageDraw.Draw(canvas).polygon([5 * x - 0.5 for x in polygon], fill=1)
-        return TF.pil_to_tensor(canvas)[0, 2::5, 2::5]
+        return TF.pil_to_tensor(canvas.resize((w, h), Image.Resampling.NEAREST))[0]
     if isinstance(segmentation["counts"], str):
         from pycocotools import mask
 
