@@ -398,7 +398,8 @@ class Segmentation(Classification):
     best = "miou"
 
     def data(self, split: str) -> mirl.Images:
-        return chosen(self.args, load_dense(self.args, split), split)
+        args = self.args
+        return chosen(args, load_dense(args.task, args.data, args.data_dir, split), split)
 
     def model(self, vit: mirl.ViT, classes: int, head_width: int | None) -> nn.Module:
         return mirl.UperNet(vit, classes, head_width)
@@ -411,34 +412,31 @@ class Segmentation(Classification):
             out = model(images)  # of (B, classes, H, W)
         return dict(loss=mirl.segmentation_loss(out, labels.long()))
 
-    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, classes, H, W), of whole images or of windows (--slide)."""
-        size = min(model.config.image_hw)
-        with mirl.autocast(self.device, self.dtype):
-            if self.args.slide:
-                return slide(model.forward, images, size, size * 2 // 3)
-            return whole(model.forward, images)
+    def window(self, config: mirl.Config) -> tuple[int, int] | None:
+        """Size and stride of --slide, 512 and 341 for images of 512."""
+        size = min(config.image_hw)
+        return (size, size * 2 // 3) if self.args.slide else None
 
     def evaluate(self, models: list[nn.Module], loader: mirl.Loader) -> list[dict[str, float]]:
-        logits = [functools.partial(self.logits, model.eval()) for model in models]
-        return evaluate_segments(logits, loader, device_limit(models[0].config))
+        config = models[0].config
+        limit, window = device_limit(config), self.window(config)
+        return evaluate_segments(models, loader, self.dtype, limit, window)
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
         x = mirl.normalise_images(TF.resize(image, min(model.config.image_hw), antialias=True))
-        logits = self.logits(model, x[None].to(self.device))
-        labels = resized(logits, image.shape[1:]).argmax(dim=1)[0].cpu()  # (h, w)
+        x, size = x[None].to(self.device), image.shape[1:]
+        with mirl.autocast(self.device, self.dtype):
+            logits = segment(model, x, size, self.window(model.config))  # (1, classes, h, w)
+        labels = logits.argmax(dim=1)[0].cpu()
         for k in labels.unique().tolist():
             say(f"  {100 * (labels == k).float().mean():5.1f} %  {classes[k]}")
         return picture(image, labels, classes)
 
 
-class Detection(Classification):
+class Detection(Segmentation):
     """Mask R-CNN, and COCO's average precision of its masks. [S A.2]"""
 
     best = "mask_ap"
-
-    def data(self, split: str) -> mirl.Images:
-        return chosen(self.args, load_dense(self.args, split), split)
 
     def model(self, vit: mirl.ViT, classes: int, head_width: int | None) -> nn.Module:
         if not importlib.util.find_spec("pycocotools"):
@@ -447,6 +445,9 @@ class Detection(Classification):
         size = min(vit.config.image_hw)  # for 800 pixels one of 480, 512, …, 800, at most 1333 long
         sizes = range(size * 3 // 5, size + 1, 32) if size > mirl.SMALL else (size,)
         more = dict(width=head_width or 256, dtype=self.dtype)
+        if size <= mirl.SMALL:  # fewer boxes than torchvision's, which are for large images
+            more |= dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
+            more |= dict(box_batch_size_per_image=64)
         return mirl.mask_rcnn(vit, 1 + classes, tuple(sizes), size * 5 // 3, **more)
 
     def transform(self, config: mirl.Config, training: bool) -> Callable:
@@ -459,8 +460,7 @@ class Detection(Classification):
     def evaluate(self, models: list[nn.Module], loader: mirl.Loader) -> list[dict[str, float]]:
         if not importlib.util.find_spec("pycocotools"):
             return [{} for _ in models]
-        file = annotation_file(Path(loader.data.root).parent, "val")
-        return evaluate_objects(models, loader, device_limit(models[0].config), file)
+        return evaluate_objects(models, loader, device_limit(models[0].config))
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
         found = model([mirl.normalise_images(image.to(self.device))])[0]
@@ -951,7 +951,7 @@ def draw_mask(segmentation: list | dict, h: int, w: int) -> Tensor:
         canvas = Image.new("L", (5 * w, 5 * h))
         for polygon in segmentation:
             ImageDraw.Draw(canvas).polygon([5 * x - 0.5 for x in polygon], fill=1)
-        return TF.pil_to_tensor(canvas)[0, 2::5, 2::5]
+        return TF.pil_to_tensor(canvas.resize((w, h), Image.Resampling.NEAREST))[0]
     if isinstance(segmentation["counts"], str):
         from pycocotools import mask
 
@@ -969,20 +969,21 @@ def run_lengths(mask: Tensor) -> list[int]:
     return [end - start for start, end in zip([0, *changes], ends, strict=True)]
 
 
-def load_dense(args: Args, split: str) -> LabelMaps | Objects:
-    """The data of --task segment or detect; split: "train" or "val".
+def load_dense(task: str, name: str, data_dir: str, split: str) -> LabelMaps | Objects:
+    """The data of --task "segment" or "detect" by the name given to --data; split: "train" or
+    "val".
 
-    `--data scenes` is written into --data-dir at first use; anything else is a folder. Raises
-    UserError for what cannot be had.
+    `scenes` are written into `data_dir` at first use; anything else is a folder. Raises UserError
+    for what cannot be had.
     """
-    root = Path(args.data)
-    if args.data == "scenes":
-        root = Path(args.data_dir) / "scenes"
+    root = Path(name)
+    if name == "scenes":
+        root = Path(data_dir) / "scenes"
         with mirl.rank_zero_first():
             if not root.exists():
                 write_scenes(root)
-    require(root.is_dir(), f"--data {args.data}: there is no such folder (and the name is scenes)")
-    return load_label_maps(root, split) if args.task == "segment" else load_objects(root, split)
+    require(root.is_dir(), f"--data {name}: there is no such folder (and the name is scenes)")
+    return load_label_maps(root, split) if task == "segment" else load_objects(root, split)
 
 
 def load_label_maps(root: Path, split: str) -> LabelMaps:
@@ -1013,19 +1014,22 @@ def load_label_maps(root: Path, split: str) -> LabelMaps:
     return LabelMaps(images, labels, classes, str(root))
 
 
-def annotation_file(root: str | Path, split: str) -> Path:
-    """Where COCO's layout has the objects of a split."""
-    return Path(root) / "annotations" / f"instances_{split}2017.json"
+def annotation_file(folder: str | Path) -> Path:
+    """Where COCO's layout has the annotations of the images in this folder, `Objects.root`."""
+    folder = Path(folder)
+    return folder.parent / "annotations" / f"instances_{folder.name}.json"
 
 
 def load_objects(root: Path, split: str) -> Objects:
     """COCO's layout: {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json.
 
     Categories become the labels 1 … K in the order of their ids. Crowds are no objects. Training
-    images without any annotation are left out (117,266 of COCO's stay). Raises UserError for a file
-    that is not COCO's, or names an image or category that is not there.
+    images without any annotation are left out (117,266 of COCO's stay), and images that the file
+    does not list. Raises UserError for a file that is not COCO's, or names an image or category
+    that is not there.
     """
-    file, folder = annotation_file(root, split), root / f"{split}2017"
+    folder = root / f"{split}2017"
+    file = annotation_file(folder)
     require(file.is_file(), f"--data {root}: there is no {file}")
     try:
         content = json.loads(file.read_bytes())
@@ -1083,7 +1087,7 @@ def write_scenes(folder: Path) -> None:
                     annotations[-1] |= dict(category_id=int(kinds[k]) + 1)
             categories = [dict(id=k, name=name) for k, name in enumerate(mirl.SHAPES, start=1)]
             content = dict(images=images, annotations=annotations, categories=categories)
-            annotation_file(whole, split).write_text(json.dumps(content))
+            annotation_file(whole / f"{split}2017").write_text(json.dumps(content))
         (whole / "classes.txt").write_text("\n".join(("background", *mirl.SHAPES)) + "\n")
         if not folder.exists():  # another run may have been faster
             whole.rename(folder)
@@ -1211,30 +1215,41 @@ def slide(model: Callable, images: Tensor, size: int, stride: int, multiple: int
     return total / windows
 
 
+def segment(
+    model: Callable, images: Tensor, size: tuple[int, int], window: tuple[int, int] | None = None
+) -> Tensor:
+    """Logits float32 (B, classes, *size) of images (B, 3, H, W), seen whole or, with a window's
+    size and stride, by `slide`."""
+    logits = slide(model, images, *window) if window else whole(model, images)
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+
+
 @torch.no_grad()
 def evaluate_segments(
-    models: list[Callable], loader: mirl.Loader, batch: int
+    models: list[nn.Module],
+    loader: mirl.Loader,
+    dtype: torch.dtype,
+    batch: int,
+    window: tuple[int, int] | None = None,
 ) -> list[dict[str, float]]:
     """Each model's `segmentation_scores`, at the labels' own size; an image counts once.
 
-    models: images (B, 3, H, W) -> logits (B, classes, H, W).
+    models: images (B, 3, H, W) -> logits (B, classes, H, W). window: as `segment` takes it.
     """
     classes = len(loader.data.classes)
     matrices = torch.zeros(len(models), classes, classes, dtype=torch.int64, device=loader.device)
+    for model in models:
+        model.eval()
     for images, labels in loader.epoch(0, mirl.in_order(len(loader.data.images), batch)):
         alike = isinstance(images, Tensor) and isinstance(labels, Tensor)
         singly = ((x[None], y[None]) for x, y in zip(images, labels) if y is not None)
         for x, truth in [(images, labels)] if alike else singly:
             for model, matrix in zip(models, matrices, strict=True):
-                logits = resized(model(x), truth.shape[1:])
+                with mirl.autocast(loader.device, dtype):
+                    logits = segment(model.forward, x, truth.shape[1:], window)
                 matrix += confusion(logits.argmax(dim=1), truth, classes)
     totals = sum(mirl.gather(matrices.cpu()))
     return [segmentation_scores(matrix) for matrix in totals]
-
-
-def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits float32 (B, classes, *size)."""
-    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
 
 def detections(image_id: int, output: dict[str, Tensor]) -> dict:
@@ -1289,11 +1304,11 @@ def coco_scores(found: list[dict], file: str | Path) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate_objects(
-    models: list[nn.Module], loader: mirl.Loader, batch: int, file: str | Path
+    models: list[nn.Module], loader: mirl.Loader, batch: int
 ) -> list[dict[str, float]]:
     """Each model's `coco_scores`; an image counts once.
 
-    models: a list of images (3, h, w) -> what `detections` takes, for each. file: the annotations.
+    models: a list of images (3, h, w) -> what `detections` takes, for each.
     """
     found: list[list[dict]] = [[] for _ in models]
     for model in models:
@@ -1304,11 +1319,16 @@ def evaluate_objects(
                 if target is not None:
                     results.append(detections(target["image_id"], output))
     everyone = mirl.gather(found)
-    scores = []
+    scores, file = [], annotation_file(loader.data.root)
     if mirl.RANK == 0:
         parts = zip(*everyone, strict=True)
         scores = [coco_scores([*itertools.chain(*part)], file) for part in parts]
     return mirl.gather(scores)[0]
+
+
+# a colour for each class or object
+PALETTE = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6"]
+PALETTE += ["#bcf60c", "#fabebe", "#008080", "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3"]
 
 
 def picture(image: Tensor, result: Tensor | dict[str, Tensor], classes: list[str]) -> Tensor:
@@ -1337,11 +1357,6 @@ def picture(image: Tensor, result: Tensor | dict[str, Tensor], classes: list[str
         lines = "white" if by_pixel else colors
         image = draw_bounding_boxes(image, boxes.cpu() * scale, names, lines, width=2)
     return image
-
-
-# a colour for each class or object
-PALETTE = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6"]
-PALETTE += ["#bcf60c", "#fabebe", "#008080", "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3"]
 
 
 def enlarged(x: Tensor, scale: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, make_shapes, write_images
+from conftest import CPU, write_images
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
@@ -92,10 +92,12 @@ def random_mask(h, w, seed):
     return F.interpolate(noise, size=(h, w), mode="bilinear")[0, 0] > 0.5
 
 
-def test_run_lengths_by_loops_and_by_pycocotools():
-    masks = [random_mask(7, 11, seed) for seed in range(9)]
-    masks += [torch.zeros(3, 4) > 0, torch.zeros(3, 4) < 1]
-    for mask in masks:
+MASKS = [random_mask(7, 11, seed) for seed in range(9)]
+MASKS += [torch.zeros(3, 4) > 0, torch.zeros(3, 4) < 1]
+
+
+def test_run_lengths_by_loops():
+    for mask in MASKS:
         h, w = mask.shape
         counts, value, run = [], False, 0
         for column in range(w):
@@ -106,8 +108,11 @@ def test_run_lengths_by_loops_and_by_pycocotools():
         assert tune.run_lengths(mask) == [*counts, run]
         kept = dict(size=[h, w], counts=tune.run_lengths(mask))
         assert torch.equal(tune.draw_mask(kept, h, w), mask.to(torch.uint8))
+
+
+def test_run_lengths_are_those_of_pycocotools():
     coco = pytest.importorskip("pycocotools.mask")
-    for mask in masks:
+    for mask in MASKS:
         h, w = mask.shape
         packed = coco.encode(np.asfortranarray(mask.byte().numpy()))
         kept = dict(size=[h, w], counts=tune.run_lengths(mask))
@@ -116,11 +121,14 @@ def test_run_lengths_by_loops_and_by_pycocotools():
         assert torch.equal(tune.draw_mask(packed, h, w), mask.to(torch.uint8))
 
 
-def test_polygons_are_filled_as_pycocotools_fills_them():
+def test_polygons_are_filled_where_a_pixels_centre_is_inside():
     square = tune.draw_mask([[2, 1, 6, 1, 6, 4, 2, 4], [8, 0, 9, 0, 9, 2, 8, 2]], 5, 10)
     expected = torch.zeros(5, 10, dtype=torch.uint8)
     expected[1:4, 2:6] = expected[:2, 8] = 1
     assert torch.equal(square, expected)
+
+
+def test_polygons_are_filled_as_pycocotools_fills_them():
     coco = pytest.importorskip("pycocotools.mask")
     shares = []
     for seed in range(30):
@@ -166,8 +174,7 @@ def test_written_scenes_are_read_back(scenes):
             assert torch.equal(seen, image) and target["image_id"] == i + 1
             there = [k for k in range(4) if kinds[k] >= 0]
             masks = torch.stack([instances == k + 1 for k in there])
-            wide = [bool(m.any(0).sum() >= 1 and m.any(1).sum() >= 1) for m in masks]
-            assert all(wide) and torch.equal(target["masks"] > 0, masks)
+            assert torch.equal(target["masks"] > 0, masks)
             assert target["labels"].tolist() == [kinds[k] + 1 for k in there]
             for box, mask in zip(target["boxes"].tolist(), masks, strict=True):
                 y, x = mask.nonzero().T
@@ -293,7 +300,7 @@ def coco(folder, change=lambda content: None):
         for path, name in zip(sorted((folder / f"{split}2017").iterdir()), names.values()):
             Image.open(path).resize((45, 31)).save(path.with_name(name))
             path.unlink()
-        tune.annotation_file(folder, split).write_text(json.dumps(content))
+        tune.annotation_file(folder / f"{split}2017").write_text(json.dumps(content))
     return folder
 
 
@@ -357,7 +364,7 @@ def test_detection_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "a/train2017/000000000285.jpg").unlink()
     with pytest.raises(UserError, match=r"the image .'000000000285.jpg'., which is not in"):
         tune.load_dense("detect", str(tmp_path / "a"), "", "train")
-    tune.annotation_file(tmp_path / "a", "train").write_text("{")
+    tune.annotation_file(tmp_path / "a/train2017").write_text("{")
     with pytest.raises(UserError, match="is no file of COCO's instances"):
         tune.load_dense("detect", str(tmp_path / "a"), "", "train")
 
@@ -433,7 +440,7 @@ def damage(folder, task):
         path = folder / "annotations" / "validation" / names[3].name
         path.write_bytes(path.read_bytes()[:80])
         return
-    file = tune.annotation_file(folder, "val")
+    file = tune.annotation_file(folder / "val2017")
     content = json.loads(file.read_text())
     for x in content["annotations"]:
         if x["image_id"] == 4:
@@ -684,10 +691,9 @@ def test_average_precision_of_perfect_and_of_shifted_objects(tmp_path, capsys):
         del content["annotations"][1:3]
 
     data = tune.load_dense("detect", str(coco(tmp_path / "a", inside)), "", "val")
-    file = tune.annotation_file(tmp_path / "a", "val")
     models = [Remembers([perfect(data, i, shift) for i in range(3)]) for shift in (0, 3, 99)]
     one = loader(data, tune.detect_transform(False), keep_labels=False)
-    right, shifted, wrong = tune.evaluate_objects(models, one, 2, file)
+    right, shifted, wrong = tune.evaluate_objects(models, one, 2)
     names = [f"{kind}_{ap}" for kind in ("box", "mask") for ap in ("ap", "ap50", "ap75")]
     assert [*right] == names and [*right.values()] == pytest.approx([100] * 6)
     # shifted by 3, IoUs are (20 − 3)/(20 + 3) = 0.74 and (12 − 3)/(12 + 3) = 0.6: of ten thresholds
@@ -701,7 +707,7 @@ def test_average_precision_of_perfect_and_of_shifted_objects(tmp_path, capsys):
 def test_average_precision_of_scenes_counts_an_image_once(scenes):
     pytest.importorskip("pycocotools")
     data = tune.load_dense("detect", "scenes", str(scenes), "val")
-    file = tune.annotation_file(scenes / "scenes", "val")
+    file = tune.annotation_file(data.root)
     found = [tune.detections(i + 1, perfect(data, i)) for i in range(9)]
     assert {round(x, 6) for x in tune.coco_scores(found, file).values()} == {100}
     assert tune.coco_scores(found + found, file) == tune.coco_scores(found, file)
@@ -743,8 +749,3 @@ def test_pictures_show_what_was_found(scenes):
     empty = dict(boxes=torch.zeros(0, 4), masks=torch.zeros(0, 1, 64, 64))
     empty |= dict(labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))
     assert torch.equal(tune.picture(image, empty, objects.classes), large)
-
-
-def test_shapes_are_drawn_as_before():
-    """Bit for bit: published figures rest on them."""
-    assert make_shapes(33, 0).digest().startswith("7360b0a26e96a668")
