@@ -215,7 +215,7 @@ def parse(argv: list[str] | None = None) -> Args:
         given += ["--erasing"] * bool(args.erasing)
         given += [f"--protocol {args.protocol}"] * (args.protocol != "finetune")
         require(not given, f"{', '.join(given)}: this is for --task classify")
-        deep = args.model in mirl.MODELS and mirl.MODELS[args.model].depth >= 48
+        deep = args.model in ("vit_s_54", "vit_b_48")
         args.layer_decay = args.layer_decay or (0.88 if deep else LAYER_DECAY[args.task])
     require(not args.slide or args.task == "segment", "--slide is for --task segment")
     for name, value in TABLE_2.get(args.model, TABLE_2["vit_b"]).items():
@@ -305,14 +305,9 @@ def main(argv: list[str] | None = None) -> None:
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             run.end_epoch(**record, corrupt_files=len(loader.corrupt | val_loader.corrupt))
         if mirl.RANK == 0:
-            bests = [
-                (e[f"{n}_{task.best}"], -e["epoch"], n)
-                for e in run.history
-                for n in models
-                if f"{n}_{task.best}" in e
-            ]
-            if not bests:
+            if not scores["raw"]:  # nothing measures the models
                 return say(f"done: {run.out / 'raw-last.pt'}")
+            bests = [(e[f"{n}_{task.best}"], -e["epoch"], n) for e in run.history for n in models]
             score, epoch, name = max(bests)
             say(
                 f"done: the best model is {run.out / name}-best.pt, {task.best} {score:.2f} % "
@@ -439,8 +434,8 @@ class Detection(Segmentation):
     best = "mask_ap"
 
     def model(self, vit: mirl.ViT, classes: int, head_width: int | None) -> nn.Module:
-        if not importlib.util.find_spec("pycocotools"):
-            mirl.require_extra("pycocotools", "--eval of detection", self.args.eval)
+        mirl.require_extra("pycocotools", "--eval of detection", self.args.eval)
+        if not (self.args.predict or importlib.util.find_spec("pycocotools")):
             say("the losses are all that is measured: AP needs pip install -e '.[coco]'")
         size = min(vit.config.image_hw)  # for 800 pixels one of 480, 512, …, 800, at most 1333 long
         sizes = range(size * 3 // 5, size + 1, 32) if size > mirl.SMALL else (size,)
