@@ -11,6 +11,7 @@ import torch
 from torchvision.utils import save_image
 
 import mirl
+import train_finetune
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -36,6 +37,12 @@ def run(script, *flags):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def finetuned(*flags):
+    """The model that the fine-tuning script makes of --from, and its classes."""
+    args = train_finetune.parse([str(flag) for flag in flags])
+    return train_finetune.finetuned_model(train_finetune.TASKS[args.task](args, CPU))
 
 
 def with_tests_on_path():

@@ -422,7 +422,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     epochs = metrics(out, "epoch")
     assert [m["raw_val_images"] for m in epochs] == [33, 33]
     best = max((m[f"{n}_top1"], n) for m in epochs for n in ("raw", "ema"))
-    assert f"top-1 {best[0]:.2f} %" in printed.splitlines()[-1]
+    assert f"top1 {best[0]:.2f} %" in printed.splitlines()[-1]
     for name in ("raw", "ema"):
         last = mirl.load_file(out / f"{name}-last.pt")
         assert last["classes"][0] == "disc of stripes" and last["epoch"] == 2
@@ -542,7 +542,7 @@ def test_predicting_and_starting_from_a_fine_tuned_model(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[0] == str(image)
     assert {line.split()[-1] for line in lines[1:4]} == {"cat", "dog", "eel"}
-    model, _ = train_finetune.finetuned_model(str(out / "ema-best.pt"))
+    model, _ = conftest.finetuned("--from", out / "ema-best.pt")
     with torch.no_grad():
         pixels = mirl.make_shapes(33, 0).images[:1]
         likeliest = model.eval()(mirl.normalise_images(pixels)).softmax(1).max().item()

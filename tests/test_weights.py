@@ -327,7 +327,7 @@ def test_classifiers_of_timm_and_mae(tmp_path, capsys, pool):
     write_images(tmp_path, 1)
     for state in (model.state_dict(), {"model": model.state_dict(), "epoch": 3}):
         path = stored(tmp_path / "a.pth", state)
-        loaded, classes = train_finetune.finetuned_model(path, "vit_nano")
+        loaded, classes = conftest.finetuned("--from", path)
         assert loaded.config == model.config and classes is None
         images = torch.randn(2, 3, 48, 48)
         torch.testing.assert_close(loaded(images), model(images))
@@ -396,7 +396,7 @@ def test_a_fine_tuned_model_in_timm_and_back(tmp_path, pool, theirs):
     images = torch.randn(2, 3, 32, 32)
     back = stored(tmp_path / "timm.pth", perturbed(theirs).state_dict())
     with torch.no_grad():
-        ours, _ = train_finetune.finetuned_model(back, "vit_nano")
+        ours, _ = conftest.finetuned("--from", back)
         torch.testing.assert_close(ours(images), theirs(images))
         theirs.load_state_dict(torch.load(tmp_path / "raw-best.pt")["model"])
         torch.testing.assert_close(theirs(images), model(images))
@@ -449,7 +449,7 @@ def test_pictures_that_cannot_be_drawn(tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no image")
     for image, flags, message in (
         ("none.png", [], "--draw: there is no file"),
-        ("bad.png", [], "bad.png can be read"),
+        ("bad.png", [], "bad.png cannot be read as an image"),
         ("000.png", ["--picture-pair", 2], "there is no pair 2: the model has 1"),
         ("000.png", ["--mask-ratio", 1], "mask_ratio must be between 0 and 1"),
     ):
@@ -497,4 +497,4 @@ def test_the_recipe_of_imagenette():
     assert (config.depth, config.width, config.num_patches) == (12, 384, 100)
     args = train_finetune.parse(["--recipe", "imagenette"])
     assert (args.model, args.image_size, args.data) == ("vit_s", 160, "imagenette")
-    assert isinstance(train_finetune.new_model(args, 10).head, nn.Linear)
+    assert isinstance(train_finetune.new_vit(args, 10).head, nn.Linear)
