@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, write_images
+from conftest import CPU, ade, coco
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
@@ -192,26 +192,6 @@ def test_scenes_are_written_once_and_never_by_half(tmp_path, monkeypatch):
     assert len(tune.load_dense("segment", "scenes", str(tmp_path), "train").images) == 3
 
 
-def ade(folder, count=3, size=(40, 30)):
-    """A few files as ADE20K has them: JPEG images, PNG maps of labels 0 to 150."""
-    info = [
-        "Idx\tRatio\tTrain\tVal\tStuff\tName",
-        *(f"{k}\t0\t1\t1\t0\tkind {k}" for k in range(1, 151)),
-    ]
-    (folder / "images").mkdir(parents=True)
-    (folder / "objectInfo150.txt").write_text("\n".join(info) + "\n")
-    for part, name in (("training", "ADE_train"), ("validation", "ADE_val")):
-        write_images(folder / "images" / part, count)
-        (folder / "annotations" / part).mkdir(parents=True)
-        for i, path in enumerate(sorted((folder / "images" / part).iterdir())):
-            Image.open(path).resize(size).save(path.with_name(f"{name}_{i:08d}.jpg"))
-            path.unlink()
-            labels = torch.randint(151, size[::-1], generator=generator(i), dtype=torch.uint8)
-            file = folder / "annotations" / part / f"{name}_{i:08d}.png"
-            Image.fromarray(labels.numpy()).save(file)
-    return folder
-
-
 def test_ade20k(tmp_path):
     data = tune.load_dense("segment", str(ade(tmp_path)), "", "val")
     assert len(data.images) == 3 and data.classes[0] == "kind 1" and len(data.classes) == 150
@@ -261,47 +241,6 @@ def test_segmentation_folders_that_cannot_be_used(tmp_path):
     ade(tmp_path / "c").joinpath("classes.txt").write_text("\n".join("x" * 255))
     with pytest.raises(UserError, match="must name 1 to 254 classes"):
         load("c")
-
-
-def polygon(x, y, w, h):
-    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
-
-
-def coco(folder, change=lambda content: None):
-    """A few files as COCO has them: ids with holes, polygons, a crowd, an image without objects."""
-
-    def thing(image, kind, box, segmentation=None, iscrowd=0):
-        return dict(
-            id=len(things) + 900,
-            image_id=image,
-            category_id=kind,
-            bbox=box,
-            area=box[2] * box[3],
-            segmentation=segmentation or polygon(*box),
-            iscrowd=iscrowd,
-        )
-
-    things = []
-    things.append(thing(139, 90, [5.0, 4.0, 20.0, 10.0]))
-    things.append(thing(139, 1, [30.0, 20.0, 25.0, 30.0]))  # beyond the edges
-    things.append(thing(139, 3, [8.0, 8.0, 0.0, 6.0]))
-    crowd = dict(size=[31, 45], counts=[100, 200, 31 * 45 - 300])
-    things.append(thing(139, 1, [3, 0, 7, 31], crowd, iscrowd=1))
-    things.append(thing(724, 3, [10.0, 2.0, 12.0, 20.0]))
-    names = {139: "000000000139.jpg", 285: "000000000285.jpg", 724: "000000000724.jpg"}
-    images = [dict(id=k, file_name=n, height=31, width=45, license=1) for k, n in names.items()]
-    kinds = [(90, "toothbrush"), (1, "person"), (3, "car")]
-    categories = [dict(id=k, name=name, supercategory="thing") for k, name in kinds]
-    content = dict(images=images, annotations=things, categories=categories, info={})
-    change(content)
-    (folder / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        write_images(folder / f"{split}2017", 3)
-        for path, name in zip(sorted((folder / f"{split}2017").iterdir()), names.values()):
-            Image.open(path).resize((45, 31)).save(path.with_name(name))
-            path.unlink()
-        tune.annotation_file(folder / f"{split}2017").write_text(json.dumps(content))
-    return folder
 
 
 def test_coco(tmp_path):
