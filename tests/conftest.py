@@ -43,9 +43,7 @@ def run(script, *flags):
 def finetuned(*flags):
     """The model that the fine-tuning script makes of --from, and its classes."""
     args = train_finetune.parse([str(flag) for flag in flags])
-    return train_finetune.finetuned_model(
-        train_finetune.TASKS[args.task](args, CPU)
-    )
+    return train_finetune.finetuned_model(train_finetune.TASKS[args.task](args, CPU))
 
 
 def with_tests_on_path():
@@ -81,7 +79,9 @@ def ade(folder, count=3, size=(40, 30)):
         for i, path in enumerate(sorted((folder / "images" / part).iterdir())):
             Image.open(path).resize(size).save(path.with_name(f"{name}_{i:08d}.jpg"))
             path.unlink()
-            labels = torch.randint(151, size[::-1], generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            labels = torch.randint(
+                151, size[::-1], generator=torch.Generator().manual_seed(i), dtype=torch.uint8
+            )
             file = folder / "annotations" / part / f"{name}_{i:08d}.png"
             Image.fromarray(labels.numpy()).save(file)
     return folder

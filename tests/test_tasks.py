@@ -1,0 +1,297 @@
+"""train_finetune.py --task segment and detect, from end to end."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+from functools import partial
+
+import conftest
+import pytest
+import torch
+from conftest import TORCHRUN, ade, coco, finetuned, metrics, with_tests_on_path
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+import mirl
+import train_finetune
+
+COUNTS = dict(train=(12, 2), val=(7, 3))
+TINY = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "4", "--image-size", "32"]
+TINY += ["--head-width", "8", "--ema-decay", "0.5", "--lr", "5e-3", "--layer-decay", "1"]
+USUAL = ["--device", "cpu", "--workers", "0"]
+TRAIN = [*USUAL, *TINY, "--from", "scratch", "--log-every", "1"]
+finetune = partial(conftest.run, train_finetune, *USUAL)
+both = pytest.mark.parametrize("task", ["segment", "detect"])
+needs_coco = pytest.mark.skipif(
+    not importlib.util.find_spec("pycocotools"), reason="needs pycocotools"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A few scenes, and a run of each task on them."""
+    pytest.importorskip("pycocotools")
+    folder = tmp_path_factory.mktemp("tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_finetune, "SCENES", COUNTS)
+        for task in ("segment", "detect"):
+            flags = [*TRAIN, "--task", task, "--data-dir", folder, "--out", folder / task]
+            assert conftest.run(train_finetune, *flags) == 0
+    return folder
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def same_files(a, b, *names):
+    for name in names:
+        x, y = (mirl.load_file(run / name)["model"] for run in (a, b))
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+
+
+@both
+def test_a_run_is_scored_saved_and_evaluated(folder, task, capsys):
+    out = folder / task
+    epochs = metrics(out, "epoch")
+    names = {"segment": ["miou", "macc", "aacc"]}.get(task)
+    names = names or [f"{k}_{ap}" for k in ("box", "mask") for ap in ("ap", "ap50", "ap75")]
+    best = dict(segment="miou", detect="mask_ap")[task]
+    data = ["--task", task, "--data-dir", folder]
+    for file, of in (("raw-last.pt", "raw"), ("ema-last.pt", "ema"), ("checkpoint.pt", "raw")):
+        capsys.readouterr()
+        assert finetune("--eval", *data, "--from", out / file) == 0
+        scores = last_line(capsys)
+        assert [*scores] == names
+        assert scores == pytest.approx({k: epochs[1][f"{of}_{k}"] for k in names})
+        assert 0 < scores["miou" if task == "segment" else "box_ap50"] < 100
+    for name in ("raw", "ema"):
+        kept = mirl.load_file(out / f"{name}-best.pt")
+        found = [e[f"{name}_{best}"] for e in epochs]
+        assert kept[best] == max(found) and kept["epoch"] == 1 + found.index(max(found))
+        assert kept["task"] == task and kept["classes"][-1] == list(mirl.SHAPES)[-1]
+    raw, ema = (mirl.load_file(out / f"{name}-last.pt")["model"] for name in ("raw", "ema"))
+    averages = [k for k in raw if "running" in k]
+    assert (len(averages) > 0) == (task == "segment")
+    assert all(
+        torch.equal(raw[k], ema[k]) == (k in averages)
+        for k in [*averages, "head.1.weight"]
+        if k in raw
+    )
+
+
+def test_miou_of_a_run_by_a_plain_count(folder):
+    """Each validation scene, shrunk for the model; its answer enlarged to the labels' size."""
+    model, classes = finetuned(
+        *USUAL, "--task", "segment", "--from", folder / "segment/raw-last.pt"
+    )
+    assert classes == ["background", *mirl.SHAPES]
+    truth = mirl.make_scenes(*COUNTS["val"])
+    hits, either = torch.zeros(5), torch.zeros(5)
+    for image, instances, kinds in zip(*truth, strict=True):
+        labels = torch.zeros(64, 64, dtype=torch.int64)
+        for k, kind in enumerate(kinds.tolist(), start=1):
+            labels[instances == k] = kind + 1
+        with torch.no_grad():
+            logits = model(mirl.normalise_images(TF.resize(image, 32, antialias=True))[None])
+        logits = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear")
+        guess = logits[0].argmax(dim=0)
+        for c in range(5):
+            hits[c] += ((guess == c) & (labels == c)).sum()
+            either[c] += ((guess == c) | (labels == c)).sum()
+    expected = 100 * (hits / either).nanmean().item()
+    assert metrics(folder / "segment", "epoch")[1]["raw_miou"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_detection_logs_the_terms_of_its_loss(folder):
+    for record in metrics(folder / "detect", "step"):
+        terms = [v for k, v in record.items() if k.startswith("loss_")]
+        assert len(terms) == 5 and record["loss"] == pytest.approx(sum(terms), rel=1e-5)
+
+
+@both
+def test_resume_is_exact(folder, task, tmp_path, monkeypatch):
+    original = mirl.Loader.epoch
+
+    def stopped(self, epoch, batches):
+        for i, batch in enumerate(original(self, epoch, batches)):
+            if (epoch, i) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    flags = [*TRAIN, "--task", task, "--data-dir", folder, "--out", tmp_path / "run"]
+    monkeypatch.setattr(mirl.Loader, "epoch", stopped)
+    assert finetune(*flags) == 128 + signal.SIGTERM
+    monkeypatch.setattr(mirl.Loader, "epoch", original)
+    for _ in range(2):  # once more, and there is nothing left to do
+        assert finetune(*flags, "--resume") == 0
+    times = {"seconds", "images_per_second", "input_wait", "peak_memory_gib"}
+    for kind in ("step", "epoch"):
+        runs = metrics(folder / task, kind), metrics(tmp_path / "run", kind)
+        for a, b in zip(*runs, strict=True):
+            assert a.keys() == b.keys() and all(a[k] == b[k] for k in a.keys() - times)
+    same_files(folder / task, tmp_path / "run", "raw-last.pt", "ema-last.pt", "ema-best.pt")
+
+
+WORKER = """
+import contextlib
+import sys
+import mirl
+import train_finetune
+
+with mirl.processes("cpu") as device:  # torch cannot join a group twice
+    mirl.processes = lambda flag: contextlib.nullcontext(device)
+    for flags in sys.argv[1:]:
+        train_finetune.main(flags.split())
+"""
+
+
+def test_two_processes_have_the_measures_of_one(folder, tmp_path, capsys):
+    """Of 7 images, which two processes cannot share evenly."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    data = {task: [*USUAL, "--task", task, "--data-dir", folder] for task in ("segment", "detect")}
+    few = ["--epochs", 1, "--device-batch-size", 2]
+    lines = [[*TRAIN, *flags, *few, "--out", tmp_path / task] for task, flags in data.items()]
+    command = [*TORCHRUN, tmp_path / "worker.py", *(" ".join(map(str, x)) for x in lines)]
+    environment = with_tests_on_path()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for task, flags in data.items():
+        [epoch] = metrics(tmp_path / task, "epoch")
+        assert epoch["step"] == 3
+        for name in ("raw", "ema"):
+            path = tmp_path / task / f"{name}-last.pt"
+            assert finetune("--eval", *flags, "--from", path) == 0
+            scores = last_line(capsys)
+            assert scores == pytest.approx({k: epoch[f"{name}_{k}"] for k in scores}, rel=1e-4)
+
+
+@both
+def test_a_picture_of_what_is_seen(folder, task, tmp_path, capsys):
+    """A bias makes the model see one kind alone, everywhere or wherever it looks."""
+    saved = mirl.load_file(folder / task / "raw-last.pt")
+    bias = dict(segment="head.1.bias", detect="roi_heads.box_predictor.cls_score.bias")[task]
+    saved["model"][bias][3] += 99
+    torch.save(saved, tmp_path / "model.pt")
+    images = [folder / "scenes" / "val2017" / f"0000{i}.png" for i in (1, 2)]
+    flags = ["--task", task, "--from", tmp_path / "model.pt", "--out", tmp_path / "out"]
+    assert finetune("--predict", *images, *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for image in images:
+        place = lines.index(str(image))
+        drawn = tmp_path / "out" / f"{image.stem}-{task}.png"
+        told = lines[place + 1 :][: lines[place:].index(f"  drawn: {drawn}") - 1]
+        kind = saved["classes"][3 if task == "segment" else 2]
+        assert told and all(kind in line for line in told)
+        assert task == "detect" or told == [f"  100.0 %  {kind}"]
+        picture = TF.pil_to_tensor(Image.open(drawn)).int()
+        plain = TF.pil_to_tensor(Image.open(image)).int()
+        assert picture.shape == (3, 512, 512)
+        changed = (picture != plain.repeat_interleave(8, 1).repeat_interleave(8, 2)).any(dim=0)
+        assert changed.float().mean() > (0.99 if task == "segment" else 0.05)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        f"{image.stem}-{task}.png" for image in images
+    ]
+
+
+def test_windows_over_an_image_of_one_window(folder, capsys):
+    """And of images of 512 pixels windows are 341 apart."""
+    flags = ["--task", "segment", "--data-dir", folder, "--from", folder / "segment/raw-last.pt"]
+    for more in ([], ["--slide"]):
+        assert finetune("--eval", *flags, *more) == 0
+    whole, windows = map(json.loads, capsys.readouterr().out.splitlines())
+    assert whole == windows
+    args = train_finetune.parse(["--recipe", "ade20k", "--task", "segment", "--slide"])
+    config = mirl.model_config("vit_b", image_size=512)
+    assert train_finetune.Segmentation(args, conftest.CPU).window(config) == (512, 341)
+
+
+def test_detection_without_pycocotools(folder, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *a: None if name == "pycocotools" else find(name, *a),
+    )
+    out, data = tmp_path / "run", ["--task", "detect", "--data-dir", folder]
+    assert finetune(*TRAIN, *data, "--epochs", 1, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("the losses are all that is measured: AP needs pip install -e") == 1
+    assert printed.splitlines()[-1] == f"done: {out / 'raw-last.pt'}"
+    [epoch] = metrics(out, "epoch")
+    assert epoch["loss_mask"] > 0 and not any("ap" in key for key in epoch)
+    assert not list(out.glob("*best*"))
+    assert finetune("--eval", *data, "--from", out / "raw-last.pt") == 2
+    error = capsys.readouterr().err
+    assert "--eval of detection needs pycocotools: pip install -e '.[coco]'" in error
+    image = folder / "scenes" / "val2017" / "00001.png"
+    flags = ["--from", out / "raw-last.pt", "--out", out]
+    assert finetune("--predict", image, *data, *flags) == 0
+    monkeypatch.undo()
+    assert finetune(*TRAIN, *data, "--out", out, "--epochs", 1, "--resume") == 0
+
+
+def test_a_model_is_used_for_its_own_task(folder, tmp_path, capsys):
+    mirl.save_model(
+        tmp_path / "a.pt", mirl.build_vit("vit_nano", num_classes=2), classes=["a", "b"]
+    )
+    data = ["--data-dir", folder, "--eval", "--from"]
+    for task, path, own in (
+        ("segment", tmp_path / "a.pt", "classify"),
+        ("classify", folder / "segment" / "ema-last.pt", "segment"),
+        ("segment", folder / "detect" / "raw-last.pt", "detect"),
+    ):
+        assert finetune("--task", task, *data, path) == 2
+        error = capsys.readouterr().err
+        assert error == f"error: --from {path} is a model to {own}: add --task {own}\n"
+
+
+# -- the paper's recipes --
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lr", "epochs", "schedule", "warmup", "steps"),
+    [
+        ("ade20k", 2e-4, 127, "linear", 1500, 20_210 // 16),
+        ("coco", 1e-4, 12, "step", 500, 117_266 // 16),
+    ],
+)
+def test_recipes(recipe, lr, epochs, schedule, warmup, steps):
+    task = dict(ade20k="segment", coco="detect")[recipe]
+    decays = dict(vit_s=(0.65, 0.75), vit_b=(0.65, 0.75), vit_b_24=(0.65, 0.75))
+    decays |= dict(vit_s_54=(0.88, 0.88), vit_b_48=(0.88, 0.88))
+    for model, by_task in decays.items():
+        args = train_finetune.parse(["--recipe", recipe, "--task", task, "--model", model])
+        assert args.lr == pytest.approx(lr) and args.batch_size == 16
+        assert (args.epochs, args.schedule, args.weight_decay) == (epochs, schedule, 0.05)
+        assert args.layer_decay == by_task[task == "detect"] and args.drop_path == 0.1
+        assert args.clip_grad is None and args.ema_decay == 0
+    assert args.warmup_epochs * steps == pytest.approx(warmup, rel=0.03)
+    assert recipe == "coco" or epochs * steps == pytest.approx(160_000, abs=steps)
+    with torch.device("meta"):
+        config = train_finetune.new_vit(args, 3).config
+    assert config.image_size == dict(ade20k=512, coco=800)[recipe] and config.pool == "none"
+    given = ["--recipe", recipe, "--task", task, "--layer-decay", "0.5", "--drop-path", "0.3"]
+    args = train_finetune.parse(given)
+    assert (args.layer_decay, args.drop_path) == (0.5, 0.3)
+
+
+@pytest.mark.parametrize(("recipe", "make"), [("ade20k", ade), ("coco", coco)])
+def test_an_epoch_of_the_recipes(tmp_path, recipe, make, capsys):
+    """On a few files in their layouts, with patches of 16 pixels."""
+    if recipe == "coco":
+        pytest.importorskip("pycocotools")
+    task = dict(ade20k="segment", coco="detect")[recipe]
+    flags = [*TRAIN, "--recipe", recipe, "--task", task, "--data", make(tmp_path / "data")]
+    flags += ["--model", "vit_nano", "--patch-size", 16, "--image-size", 96, "--batch-size", 2]
+    flags += ["--drop-path", 0.1, "--epochs", 1, "--out", tmp_path / "run"]
+    assert finetune(*flags, *["--slide"] * (task == "segment")) == 0
+    [epoch] = metrics(tmp_path / "run", "epoch")
+    assert epoch["step"] == 1 and epoch["corrupt_files"] == 0
+    best = "raw_aacc" if task == "segment" else "raw_box_ap"
+    assert 0 <= epoch[best] < 100
+    model, classes = finetuned("--task", task, "--from", tmp_path / "run" / "raw-last.pt")
+    assert len(classes) == dict(ade20k=150, coco=3)[recipe]
+    if task == "detect":
+        assert model.transform.min_size[-1] == 96  # that evaluation takes
