@@ -65,6 +65,12 @@ FINETUNE = [
     (["--data", "/no/such"], "no such folder"),
     (["--drop-path", 1], "drop_path must be in"),
     (["--batch-size", 64], "--batch-size 64 is larger than the 33 training images"),
+    (["--recipe", "cifar10", "--task", "segment"], "cifar10 is for --task classify, not segment"),
+    (["--task", "detect", "--mixup", 0.5], "--mixup: this is for --task classify"),
+    (["--task", "segment", "--protocol", "knn"], "--protocol knn: this is for --task classify"),
+    (["--slide"], "--slide is for --task segment"),
+    (["--task", "segment", "--data", "/no/such"], "/no/such: there is no such folder"),
+    (["--task", "segment", "--head-width", 2], "--head-width must be at least 8, not 2"),
 ]
 
 SPEED = [
