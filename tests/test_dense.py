@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import mirl
 import train_finetune as tune
-from mirl import UserError, require_extra
+from mirl import UserError
 
 make_scenes = functools.cache(mirl.make_scenes)
 
@@ -223,24 +224,68 @@ def test_labels_outside_the_range_are_named(tmp_path):
         data.read(0)
 
 
-def test_segmentation_folders_that_cannot_be_used(tmp_path):
-    def load(name):
-        return tune.load_dense("segment", str(tmp_path / name), "", "train")
+ADE_BROKEN = [
+    (lambda f: shutil.rmtree(f), "there is no such folder"),
+    (lambda f: shutil.rmtree(f / "images"), "images/training holds no images"),
+    (
+        lambda f: (f / "annotations/training/ADE_train_00000001.png").unlink(),
+        r"has no annotation .*ADE_train_00000001.* for an image",
+    ),
+    (
+        lambda f: (f / "images/training/ADE_train_00000002.jpg").unlink(),
+        r"has no image .*ADE_train_00000002.* for an annotation",
+    ),
+    (lambda f: (f / "classes.txt").write_text("x\n" * 255), "must name 1 to 254 classes"),
+]
 
-    with pytest.raises(UserError, match="there is no such folder"):
-        load("none")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="images/training holds no images"):
-        load("empty")
-    ade(tmp_path / "a").joinpath("annotations/training/ADE_train_00000001.png").unlink()
-    with pytest.raises(UserError, match=r"has no annotation .*ADE_train_00000001.* for an image"):
-        load("a")
-    ade(tmp_path / "b").joinpath("images/training/ADE_train_00000002.jpg").unlink()
-    with pytest.raises(UserError, match=r"has no image .*ADE_train_00000002.* for an annotation"):
-        load("b")
-    ade(tmp_path / "c").joinpath("classes.txt").write_text("\n".join("x" * 255))
-    with pytest.raises(UserError, match="must name 1 to 254 classes"):
-        load("c")
+
+def change(edit):
+    """A change of the content of the annotations' file."""
+
+    def rewrite(folder):
+        file = tune.annotation_file(folder / "train2017")
+        content = json.loads(file.read_text())
+        edit(content)
+        file.write_text(json.dumps(content))
+
+    return rewrite
+
+
+NOT_COCO = "train2017.json is no file of COCO's instances"
+COCO_BROKEN = [
+    (lambda f: shutil.rmtree(f / "annotations"), r"there is no .*instances_train2017\.json"),
+    (
+        lambda f: (f / "train2017/000000000285.jpg").unlink(),
+        "the image .'000000000285.jpg'., which is not in",
+    ),
+    (lambda f: tune.annotation_file(f / "train2017").write_text("{"), NOT_COCO),
+    (change(lambda c: c.pop("images")), f"{NOT_COCO} .KeyError..images"),
+    (change(lambda c: c.update(annotations=[7])), NOT_COCO),
+    (change(lambda c: c.update(images=[], annotations=[])), "names no images"),
+    (change(lambda c: c.update(annotations=[])), "has no annotation of any image"),
+    (
+        change(lambda c: c["annotations"][0].update(image_id=5)),
+        r"has annotations of image \[5\], which it does not list",
+    ),
+    (
+        change(lambda c: c["annotations"][0].update(category_id=77)),
+        r"has annotations of category \[77\], which it does not list",
+    ),
+    (
+        change(lambda c: c["annotations"][0].update(segmentation=dict(counts="PPYo0"))),
+        r"with compressed masks, needs pycocotools: .*\[coco\]",
+    ),
+]
+CASES = [("segment", ade, *case) for case in ADE_BROKEN]
+CASES += [("detect", coco, *case) for case in COCO_BROKEN]
+
+
+@pytest.mark.parametrize(("task", "make", "spoil", "message"), CASES)
+def test_folders_that_cannot_be_used(tmp_path, monkeypatch, task, make, spoil, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    spoil(make(tmp_path / "data"))
+    with pytest.raises(UserError, match=message):
+        tune.load_dense(task, str(tmp_path / "data"), "", "train")
 
 
 def test_coco(tmp_path):
@@ -263,61 +308,6 @@ def test_coco(tmp_path):
     assert swapped.read(1)[1]["image_id"] == 139 and swapped.digest() != train.digest()
 
 
-def drop(*keys):
-    def change(content):
-        for key in keys:
-            del content[key]
-
-    return change
-
-
-def nowhere(content):
-    content["annotations"][0]["image_id"] = 5
-
-
-def unheard(content):
-    content["annotations"][0]["category_id"] = 77
-
-
-BROKEN = [
-    (drop("images"), "is no file of COCO's instances .KeyError..images"),
-    (drop("annotations", "categories"), "is no file of COCO's instances"),
-    (lambda content: content.update(annotations=[7]), "is no file of COCO's instances"),
-    (lambda content: content.update(images=[], annotations=[]), "names no images"),
-    (lambda content: content.update(annotations=[]), "has no annotation of any image"),
-    (nowhere, r"has annotations of image \[5\], which it does not list"),
-    (unheard, r"has annotations of category \[77\], which it does not list"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BROKEN)
-def test_files_that_are_not_cocos(tmp_path, change, message):
-    with pytest.raises(UserError, match=f"instances_train2017.json {message}"):
-        tune.load_dense("detect", str(coco(tmp_path / "a", change)), "", "train")
-
-
-def test_detection_folders_that_cannot_be_used(tmp_path):
-    with pytest.raises(UserError, match=r"there is no .*instances_train2017\.json"):
-        tune.load_dense("detect", str(tmp_path), "", "train")
-    coco(tmp_path / "a")
-    (tmp_path / "a/train2017/000000000285.jpg").unlink()
-    with pytest.raises(UserError, match=r"the image .'000000000285.jpg'., which is not in"):
-        tune.load_dense("detect", str(tmp_path / "a"), "", "train")
-    tune.annotation_file(tmp_path / "a/train2017").write_text("{")
-    with pytest.raises(UserError, match="is no file of COCO's instances"):
-        tune.load_dense("detect", str(tmp_path / "a"), "", "train")
-
-
-def test_compressed_masks_need_pycocotools(tmp_path, monkeypatch):
-    def pack(content):
-        content["annotations"][0]["segmentation"] = dict(size=[31, 45], counts="PPYo0")
-
-    coco(tmp_path / "a", pack)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"with compressed masks, needs pycocotools: .*\[coco\]"):
-        tune.load_dense("detect", str(tmp_path / "a"), "", "train")
-
-
 # -- the loader --
 
 
@@ -326,35 +316,25 @@ def loader(data, transform, workers=0, **more):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_segments(scenes, workers):
+def test_batches(scenes, workers):
     data = tune.load_dense("segment", "scenes", str(scenes), "train")
     batches = loader(data, tune.segment_transform(64, True), workers)
-    first, again = ([*batches.epoch(0, [[0, 1, 2], [3, 4]])] for _ in range(2))
-    assert [x.shape for x, _ in first] == [(3, 3, 64, 64), (2, 3, 64, 64)]
-    assert [y.shape for _, y in first] == [(3, 64, 64), (2, 64, 64)]
-    assert first[0][0].dtype == torch.float32 and first[0][1].dtype == torch.uint8
-    assert not isinstance(first[0][1], tv_tensors.TVTensor)
+    first, again, other = ([*batches.epoch(epoch, [[0, 1, 2], [3, 4]])] for epoch in (0, 0, 1))
+    for (x, y), n in zip(first, (3, 2), strict=True):
+        assert x.shape == (n, 3, 64, 64) and y.shape == (n, 64, 64)
+        assert x.dtype == torch.float32 and y.dtype == torch.uint8 and type(y) is torch.Tensor
     assert all(torch.equal(x, y) for a, b in zip(first, again) for x, y in zip(a, b))
-    other = [*batches.epoch(1, [[0, 1, 2], [3, 4]])]
     assert not torch.equal(other[0][0], first[0][0])
 
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_objects(scenes, workers):
     data = tune.load_dense("detect", "scenes", str(scenes), "val")
     batches = loader(data, tune.detect_transform(False), workers)
     (images, targets), (_, last) = batches.epoch(0, [[0, 1, 2], [4]])
-    assert images.shape == (3, 3, 64, 64) and [t["image_id"] for t in [*targets, *last]] == [
-        1,
-        2,
-        3,
-        5,
-    ]
+    assert [target["image_id"] for target in [*targets, *last]] == [1, 2, 3, 5]
     image, target = data.read(1)
     assert torch.equal(images[1], mirl.normalise_images(image.as_subclass(torch.Tensor)))
     for name in ("boxes", "masks", "labels"):
         assert torch.equal(targets[1][name], target[name])
-        assert not isinstance(targets[1][name], tv_tensors.TVTensor)
+        assert type(targets[1][name]) is torch.Tensor
 
 
 def test_images_of_several_sizes_come_as_lists(tmp_path):
@@ -654,12 +634,6 @@ def test_average_precision_of_scenes_counts_an_image_once(scenes):
     assert tune.coco_scores(half, file)["mask_ap"] == pytest.approx(100)  # over these images
     nothing = [dict(one, boxes=[], labels=[], masks=[], scores=[]) for one in found]
     assert tune.coco_scores(nothing, file)["box_ap"] == 0
-
-
-def test_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs pycocotools: pip install -e '\.\[coco\]'"):
-        require_extra("pycocotools", "average precision")
 
 
 # -- pictures --

@@ -14,7 +14,6 @@ import conftest
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 from conftest import make_shapes, write_images
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
@@ -359,16 +358,6 @@ def test_classifiers_that_are_refused(tmp_path, sample, capsys):
         assert message in error and error.count("\n") == 1
 
 
-def test_fine_tuning_starts_from_the_sample(tmp_path, sample, capsys):
-    flags = ["--epochs", 1, "--warmup-epochs", 0, "--batch-size", 8, "--train-images", 8]
-    flags += ["--from", sample, "--model", "sample", "--out", tmp_path / "run", "--lr", 1e-9]
-    assert finetune(*flags) == 0
-    assert "78 of 80 tensors" in capsys.readouterr().out
-    trained = mirl.load_file(tmp_path / "run" / "raw-last.pt")["model"]
-    for name, x in mirl.load_file(sample)["model"].items():
-        assert name.startswith("head.") or torch.allclose(trained[name], x, atol=1e-6), name
-
-
 # -- our files in timm --
 
 
@@ -489,12 +478,3 @@ def test_imagenette_in_its_layout(tmp_path, monkeypatch, capsys):
         run_flags += ["--train-images", 12] if script is train_finetune else []
         assert conftest.run(script, *USUAL, *run_flags) == 0
     assert mirl.load_file(tmp_path / "train_finetune" / "raw-last.pt")["classes"] == train.classes
-
-
-def test_the_recipe_of_imagenette():
-    args = train_pretrain.parse(["--recipe", "imagenette"])
-    config = train_pretrain.model_config(args)
-    assert (config.depth, config.width, config.num_patches) == (12, 384, 100)
-    args = train_finetune.parse(["--recipe", "imagenette"])
-    assert (args.model, args.image_size, args.data) == ("vit_s", 160, "imagenette")
-    assert isinstance(train_finetune.new_vit(args, 10).head, nn.Linear)
