@@ -77,12 +77,12 @@ RECIPES = {
     "imagenet": dict(model="vit_b", data="data/imagenet", warmup_epochs=20, batch_size=2048,
                      base_lr=7.5e-4, randaug=9.0, mixup=0.8, cutmix=1.0, ema_decay=0.9998),
     # what --task makes of quick
-    "quick-segment": dict(task="segment", model="vit_nano", data="scenes", image_size=64, epochs=30,
-                          warmup_epochs=2, batch_size=16, base_lr=1.6e-2, layer_decay=0.75,
-                          drop_path=0.0, ema_decay=0.0, head_width=64),
-    "quick-detect": dict(task="detect", model="vit_nano", data="scenes", image_size=64, epochs=30,
-                         warmup_epochs=2, batch_size=16, base_lr=1.6e-2, layer_decay=0.75,
-                         drop_path=0.0, ema_decay=0.0, head_width=64),
+    "quick-segment": dict(task="segment", model="vit_nano", data="scenes", image_size=64,
+                          epochs=12, warmup_epochs=1, batch_size=8, base_lr=0.128,
+                          layer_decay=0.75, drop_path=0.0, ema_decay=0.0, head_width=64),
+    "quick-detect": dict(task="detect", model="vit_nano", data="scenes", image_size=64,
+                         epochs=12, warmup_epochs=1, batch_size=16, base_lr=0.032,
+                         layer_decay=0.75, drop_path=0.0, ema_decay=0.0, head_width=64),
     # [S A.2]; the layer decay is by --model
     "ade20k": dict(task="segment", model="vit_b", data="data/ade20k", image_size=512, epochs=127,
                    warmup_epochs=1.19, batch_size=16, base_lr=3.2e-3, schedule="linear",
