@@ -23,16 +23,15 @@ TINY += ["--head-width", "8", "--ema-decay", "0.5", "--lr", "2e-3", "--layer-dec
 USUAL = ["--device", "cpu", "--workers", "0"]
 TRAIN = [*USUAL, *TINY, "--from", "scratch", "--log-every", "1"]
 finetune = partial(conftest.run, train_finetune, *USUAL)
-both = pytest.mark.parametrize("task", ["segment", "detect"])
 needs_coco = pytest.mark.skipif(
     not importlib.util.find_spec("pycocotools"), reason="needs pycocotools"
 )
+both = pytest.mark.parametrize("task", ["segment", pytest.param("detect", marks=needs_coco)])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A few scenes, and a run of each task on them."""
-    pytest.importorskip("pycocotools")
     folder = tmp_path_factory.mktemp("tasks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_finetune, "SCENES", COUNTS)
@@ -147,6 +146,7 @@ with mirl.processes("cpu") as device:  # torch cannot join a group twice
 """
 
 
+@needs_coco
 def test_two_processes_have_the_measures_of_one(folder, tmp_path, capsys):
     """Of 7 images, which two processes cannot share evenly."""
     (tmp_path / "worker.py").write_text(WORKER)
@@ -276,11 +276,11 @@ def test_recipes(recipe, lr, epochs, schedule, warmup, steps):
     assert (args.layer_decay, args.drop_path) == (0.5, 0.3)
 
 
-@pytest.mark.parametrize(("recipe", "make"), [("ade20k", ade), ("coco", coco)])
+@pytest.mark.parametrize(
+    ("recipe", "make"), [("ade20k", ade), pytest.param("coco", coco, marks=needs_coco)]
+)
 def test_an_epoch_of_the_recipes(tmp_path, recipe, make, capsys):
     """On a few files in their layouts, with patches of 16 pixels."""
-    if recipe == "coco":
-        pytest.importorskip("pycocotools")
     task = dict(ade20k="segment", coco="detect")[recipe]
     flags = [*TRAIN, "--recipe", recipe, "--task", task, "--data", make(tmp_path / "data")]
     flags += ["--model", "vit_nano", "--patch-size", 16, "--image-size", 96, "--batch-size", 2]
