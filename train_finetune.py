@@ -305,10 +305,15 @@ def main(argv: list[str] | None = None) -> None:
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             run.end_epoch(**record, corrupt_files=len(loader.corrupt | val_loader.corrupt))
         if mirl.RANK == 0:
-            if not scores["raw"]:  # nothing measures the models
+            found = [
+                (e.get(f"{n}_{task.best}", math.nan), -e["epoch"], n)
+                for e in run.history
+                for n in models
+            ]
+            found = [best for best in found if math.isfinite(best[0])]
+            if not found:  # nothing measured the models
                 return say(f"done: {run.out / 'raw-last.pt'}")
-            bests = [(e[f"{n}_{task.best}"], -e["epoch"], n) for e in run.history for n in models]
-            score, epoch, name = max(bests)
+            score, epoch, name = max(found)
             say(
                 f"done: the best model is {run.out / name}-best.pt, {task.best} {score:.2f} % "
                 f"after epoch {-epoch}"
@@ -328,8 +333,11 @@ def keep_best(
         more = dict(classes=run.classes, epoch=epoch + 1, **scores)
         more |= dict(task=run.args.task, head_width=run.args.head_width)
         mirl.save_model(run.out / f"{name}-last.pt", model, **more)
-        key = f"{name}_{best}"
-        if best in scores and all(scores[best] > e.get(key, -1) for e in run.history):
+        score, before = (
+            scores.get(best, math.nan),
+            (e.get(f"{name}_{best}", -1) for e in run.history),
+        )
+        if math.isfinite(score) and not any(old >= score for old in before):
             mirl.save_model(run.out / f"{name}-best.pt", model, **more)
 
 
@@ -438,7 +446,7 @@ class Detection(Segmentation):
         if not (self.args.predict or importlib.util.find_spec("pycocotools")):
             say("the losses are all that is measured: AP needs pip install -e '.[coco]'")
         size = min(vit.config.image_hw)  # for 800 pixels one of 480, 512, …, 800, at most 1333 long
-        sizes = range(size * 3 // 5, size + 1, 32) if size > mirl.SMALL else (size,)
+        sizes = range(size, size * 3 // 5 - 1, -32)[::-1] if size > mirl.SMALL else (size,)
         more = dict(width=head_width or 256, dtype=self.dtype)
         if size <= mirl.SMALL:  # fewer boxes than torchvision's, which are for large images
             more |= dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
@@ -646,6 +654,8 @@ def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
     if task.args.task == "classify" and not saved.keys() & {"config", "classes"}:
         vit = classifier(mirl.named_tensors(saved), task.args.model, path)
         return vit.to(task.device).eval(), None
+    if "history" in saved:  # a checkpoint has them among its flags
+        saved |= {k: v for k, v in saved["args"].items() if k in ("task", "head_width")}
     kind = saved.get("task", "classify")
     require(kind == task.args.task, f"--from {path} is a model to {kind}: add --task {kind}")
     try:
