@@ -333,11 +333,8 @@ def keep_best(
         more = dict(classes=run.classes, epoch=epoch + 1, **scores)
         more |= dict(task=run.args.task, head_width=run.args.head_width)
         mirl.save_model(run.out / f"{name}-last.pt", model, **more)
-        score, before = (
-            scores.get(best, math.nan),
-            (e.get(f"{name}_{best}", -1) for e in run.history),
-        )
-        if math.isfinite(score) and not any(old >= score for old in before):
+        score, key = scores.get(best, math.nan), f"{name}_{best}"
+        if math.isfinite(score) and not any(e.get(key, -1) >= score for e in run.history):
             mirl.save_model(run.out / f"{name}-best.pt", model, **more)
 
 
