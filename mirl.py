@@ -836,8 +836,8 @@ class UperNet(nn.Module):
     Images (B, C, H, W) -> logits, float32 (B, classes, H, W); in training a dict of them, "out",
     and of the auxiliary head's, "aux", as torchvision's models give it. The coarsest map is pooled
     to 1, 2, 3 and 6 cells a side; what that gives flows down into the finer maps, and all together
-    are classified. The auxiliary head sees the third map alone. Raises UserError as `Pyramid` does,
-    and in training for a single image, over which 1 × 1 cells have no variance.
+    are classified. The auxiliary head sees the third map alone. Training needs two images, because
+    1 × 1 cells of one have no variance. Raises UserError as `Pyramid` does.
     """
 
     def __init__(self, vit: ViT, num_classes: int, width: int | None = None):
@@ -858,11 +858,6 @@ class UperNet(nn.Module):
         self.aux = nn.Sequential(conv(D, a, 3), nn.Dropout2d(0.1), nn.Conv2d(a, num_classes, 1))
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
-        require(
-            not self.training or len(images) > 1 or isinstance(self.fuse[1], nn.SyncBatchNorm),
-            "batch norm needs at least 2 images on a device: raise --batch-size or "
-            "--device-batch-size",
-        )
         maps = self.pyramid(images)  # 4 of (B, D, H/s, W/s), s = 4, 8, 16, 32
         pooled = [resize_maps(pool(maps[3]), maps[3].shape[2:]) for pool in self.pools]
         x = self.top(torch.cat([maps[3], *pooled], dim=1))  # (B, d, H/32, W/32)
@@ -886,11 +881,8 @@ def segmentation_loss(out: dict[str, Tensor], labels: Tensor) -> Tensor:
     labels: int64 (B, H, W), 255 where ignored. The mean is over all pixels, and an ignored one
     counts as 0, as in the references; an image without labels is then no division by zero.
     """
-    losses = [
-        F.cross_entropy(at_least_float32(out[name]), labels, ignore_index=255, reduction="none")
-        for name in ("out", "aux")
-    ]
-    return losses[0].mean() + 0.4 * losses[1].mean()
+    loss = functools.partial(F.cross_entropy, target=labels, ignore_index=255, reduction="none")
+    return loss(out["out"]).mean() + 0.4 * loss(out["aux"]).mean()
 
 
 class FeaturePyramid(nn.Module):
@@ -1535,11 +1527,11 @@ def fixed_images(data: Images, size: tuple[int, int], count: int) -> Tensor:
 def read_images(flag: str, paths: tuple[str, ...]) -> list[Tensor]:
     """The image files given to a flag, uint8 (3, h, w) each. Raises UserError for one that is not
     there or cannot be read."""
+    images = []
     for path in paths:
         require(Path(path).is_file(), f"{flag}: there is no file {path}")
-    images = [read_image(path) for path in paths]
-    for path, image in zip(paths, images, strict=True):
-        require(image is not None, f"{flag}: {path} cannot be read as an image")
+        images.append(read_image(path))
+        require(images[-1] is not None, f"{flag}: {path} cannot be read as an image")
     return images
 
 
@@ -1875,10 +1867,13 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch norm over the images of all processes, on CUDA; elsewhere as it is,
-    because torch has it for GPUs alone."""
-    several = WORLD_SIZE > 1 and device.type == "cuda"
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
+    """The model with batch norm over the images of all processes, where torch has it."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if syncs_batch_norm(device) else model
+
+
+def syncs_batch_norm(device: torch.device) -> bool:
+    """Whether batch norm sees the images of several processes: torch has it for CUDA alone."""
+    return WORLD_SIZE > 1 and device.type == "cuda"
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -2102,7 +2097,11 @@ def read_paddle(path: str | Path) -> Any:
         return saved
     state = saved.get("model", saved)
     arrays = {k: v[1] if isinstance(v, tuple) else v for k, v in state.items()}
-    tensors = {k: paddle_tensor(v) for k, v in arrays.items() if isinstance(v, Stub)}
+    tensors = {
+        k: paddle_tensor(v)
+        for k, v in arrays.items()
+        if isinstance(k, str) and isinstance(v, Stub) and hasattr(v, "state")
+    }
     for name, big in state.get("UnpackBigParamInfor@@", {}).items():
         pieces = [tensors.pop(key) for key in big["slices"]]
         tensors[name] = torch.cat(pieces).reshape(big["OriginShape"])
@@ -2125,7 +2124,9 @@ def paddle_tensor(array: Stub) -> Tensor:
     kind, order = dtype.args[0], dtype.state[1]
     if kind not in PADDLE_DTYPES or order == ">":
         raise pickle.UnpicklingError(f"it has an array of {order}{kind}")
-    flat = torch.frombuffer(bytearray(content), dtype=PADDLE_DTYPES[kind])  # a copy, to write to
+    flat = torch.empty(0, dtype=PADDLE_DTYPES[kind])
+    if content:
+        flat = torch.frombuffer(bytearray(content), dtype=flat.dtype)  # a copy, to write to
     if fortran:
         return flat.reshape(shape[::-1]).permute(*reversed(range(len(shape))))
     return flat.reshape(shape)
@@ -2411,10 +2412,9 @@ def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[s
     for f in own_first:
         help, choices = f.metadata["help"], f.metadata["choices"]
         by_recipe = [f"{r} {v[f.name]}" for r, v in recipes.items() if f.name in v]
-        if by_recipe:
-            help += f"; {', '.join(by_recipe)}"
-        elif f.default is not None and not isinstance(f.default, tuple):
+        if f.default is not None and not isinstance(f.default, tuple):
             help += f"; default {f.default}"
+        help += f"; {', '.join(by_recipe)}" if by_recipe else ""
         options = dict(dest=f.name, help=help.replace("%", "%%"), default=f.default)
         kinds = {hints[f.name], *typing.get_args(hints[f.name])}
         if bool in kinds:

@@ -86,7 +86,7 @@ RECIPES = {
     # [S A.2]; the layer decay is by --model
     "ade20k": dict(task="segment", model="vit_b", data="data/ade20k", image_size=512, epochs=127,
                    warmup_epochs=1.19, batch_size=16, base_lr=3.2e-3, schedule="linear",
-                   drop_path=0.1, ema_decay=0.0),
+                   drop_path=0.1, ema_decay=0.0, slide=True),
     "coco": dict(task="detect", model="vit_b", data="data/coco", image_size=800, epochs=12,
                  warmup_epochs=0.07, batch_size=16, base_lr=1.6e-3, schedule="step",
                  drop_path=0.1, ema_decay=0.0),
@@ -111,7 +111,7 @@ class Args(mirl.TrainingFlags):
     recipe: str = flag(
         "quick",
         "values for the flags whose help lists one by recipe; a flag that you give wins",
-        tuple(RECIPES),
+        tuple(name for name in RECIPES if "-" not in name),
     )
     task: str = flag(
         "classify",
@@ -161,12 +161,14 @@ class Args(mirl.TrainingFlags):
     val_images: int | None = flag(
         None, "use this many of the validation images, the same in every run; default all", low=1
     )
-    out: str | None = flag(None, "the run's folder; default runs/finetune-<recipe>")
+    out: str | None = flag(
+        None, "the run's folder; default runs/finetune-<recipe>, or the task's name for finetune"
+    )
     layer_decay: float | None = flag(
         None,
         "factor on the learning rate from each layer to the one below it: lower keeps more of what "
-        "was pre-trained, nearer 1 suits deeper models, 1 suits training from scratch; imagenet by "
-        "--model",
+        "was pre-trained, nearer 1 suits deeper models, 1 suits training from scratch; imagenet, "
+        "ade20k and coco by --model",
         above=0,
         high=1,
     )
@@ -212,12 +214,17 @@ def parse(argv: list[str] | None = None) -> Args:
     )
     if args.task != "classify":
         given = [f"--{name}" for name in ("randaug", "mixup", "cutmix") if getattr(args, name)]
-        given += ["--erasing"] * bool(args.erasing)
+        given += ["--erasing"] * bool(args.erasing) + ["--pool"] * (args.pool != "mean")
+        given += ["--label-smoothing"] * (args.label_smoothing != 0.1)
         given += [f"--protocol {args.protocol}"] * (args.protocol != "finetune")
         require(not given, f"{', '.join(given)}: this is for --task classify")
         deep = args.model in ("vit_s_54", "vit_b_48")
         args.layer_decay = args.layer_decay or (0.88 if deep else LAYER_DECAY[args.task])
     require(not args.slide or args.task == "segment", "--slide is for --task segment")
+    require(
+        not args.head_width or args.task != "classify",
+        "--head-width is for --task segment or detect",
+    )
     for name, value in TABLE_2.get(args.model, TABLE_2["vit_b"]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -272,6 +279,11 @@ def main(argv: list[str] | None = None) -> None:
         split = mirl.split_batch(
             len(train.images), args.batch_size, args.device_batch_size, device_limit(config)
         )
+        require(
+            args.task != "segment" or split.device_batch_size > 1 or mirl.syncs_batch_norm(device),
+            "batch norm needs at least 2 images on a device: raise --batch-size or "
+            "--device-batch-size",
+        )
         transform = task.transform(config, training=True)
         loader = mirl.Loader(train, transform, args.seed, device, args.workers)
         val_loader = task.validation(val, config)
@@ -301,7 +313,8 @@ def main(argv: list[str] | None = None) -> None:
             scores = dict(zip(models, found, strict=True))
             for name, scored in models.items():
                 keep_best(run, name, scored, scores[name], task.best, epoch)
-            say("  ".join(f"{n}: {task.best} {s[task.best]:.2f} %" for n, s in scores.items() if s))
+            if scores["raw"]:
+                say("  ".join(f"{n}: {task.best} {s[task.best]:.2f} %" for n, s in scores.items()))
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             run.end_epoch(**record, corrupt_files=len(loader.corrupt | val_loader.corrupt))
         if mirl.RANK == 0:
@@ -423,7 +436,7 @@ class Segmentation(Classification):
         return evaluate_segments(models, loader, self.dtype, limit, window)
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
-        x = mirl.normalise_images(TF.resize(image, min(model.config.image_hw), antialias=True))
+        x = mirl.normalise_images(shorter_side(image, min(model.config.image_hw)))
         x, size = x[None].to(self.device), image.shape[1:]
         with mirl.autocast(self.device, self.dtype):
             logits = segment(model, x, size, self.window(model.config))  # (1, classes, h, w)
@@ -651,7 +664,7 @@ def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
     if task.args.task == "classify" and not saved.keys() & {"config", "classes"}:
         vit = classifier(mirl.named_tensors(saved), task.args.model, path)
         return vit.to(task.device).eval(), None
-    if "history" in saved:  # a checkpoint has them among its flags
+    if "history" in saved and isinstance(saved.get("args"), dict):  # a checkpoint, with its flags
         saved |= {k: v for k, v in saved["args"].items() if k in ("task", "head_width")}
     kind = saved.get("task", "classify")
     require(kind == task.args.task, f"--from {path} is a model to {kind}: add --task {kind}")
@@ -753,6 +766,11 @@ def evaluate_file(task: Classification, val: mirl.Images) -> None:
 def predict(task: Classification) -> None:
     """Print what the fine-tuned model --from sees in every image, and draw it where it can be."""
     images = mirl.read_images("--predict", task.args.predict)
+    names = {Path(path).stem for path in task.args.predict}
+    require(
+        len(names) == len(images) or task.args.task == "classify",
+        "--predict: two of the files have one name, and so would their pictures: give them apart",
+    )
     model, classes = finetuned_model(task)
     if classes is None:
         imagenet = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
@@ -761,7 +779,7 @@ def predict(task: Classification) -> None:
     for path, image in zip(task.args.predict, images, strict=True):
         say(path)
         drawn = task.tell(model, classes, image)
-        if drawn is not None:
+        if drawn is not None and mirl.RANK == 0:
             out = Path(task.args.out) / f"{Path(path).stem}-{task.args.task}.png"
             out.parent.mkdir(parents=True, exist_ok=True)
             mirl.save(out, functools.partial(save_image, drawn / 255))
@@ -1007,7 +1025,8 @@ def load_label_maps(root: Path, split: str) -> LabelMaps:
     classes = [f"class {k}" for k in range(1, 151)]
     for path in (root / "classes.txt", root / "objectInfo150.txt"):
         if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if line.strip()]
+            text = path.read_text(encoding="utf-8", errors="replace")
+            lines = [line for line in text.splitlines() if line.strip()]
             classes = [x.split("\t")[-1].strip() for x in lines if not x.startswith("Idx\t")]
             require(0 < len(classes) < IGNORED, f"{path} must name 1 to {IGNORED - 1} classes")
             break
@@ -1037,20 +1056,24 @@ def load_objects(root: Path, split: str) -> Objects:
         content = json.loads(file.read_bytes())
         names = {image["id"]: image["file_name"] for image in content["images"]}
         kinds = {kind["id"]: kind["name"] for kind in content["categories"]}
+        label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
         keys = ("image_id", "category_id", "bbox", "segmentation")
         rows = [(*(x[k] for k in keys), x.get("iscrowd", 0)) for x in content["annotations"]]
         unlisted = {row[0] for row in rows} - names.keys(), {row[1] for row in rows} - kinds.keys()
+        missing = sorted(set(names.values()) - set(mirl.files_in(folder)))
+        # what its evaluation needs besides
+        whole = all(image["height"] and image["width"] for image in content["images"])
+        whole = whole and all(x["area"] >= 0 and x["segmentation"] for x in content["annotations"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
     del content
     require(kinds and names, f"{file} names no images, or no categories")
+    require(whole, f"{file} has an image without size or an object without segmentation")
     for what, ids in zip(("image", "category"), unlisted, strict=True):
         require(not ids, f"{file} has annotations of {what} {[*ids][:1]}, which it does not list")
     packed = (isinstance(row[3], dict) and isinstance(row[3].get("counts"), str) for row in rows)
     mirl.require_extra("pycocotools", f"{file}, with compressed masks,", any(packed))
-    missing = sorted(set(names.values()) - set(mirl.files_in(folder)))
     require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
-    label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
     objects: dict[int, list] = {}
     for image, kind, box, segmentation, crowd in rows:
         own = objects.setdefault(image, [])
@@ -1058,6 +1081,8 @@ def load_objects(root: Path, split: str) -> Objects:
             own.append([label_of[kind], box, segmentation])
     used = [image for image in names if split == "val" or image in objects]
     require(used, f"{file} has no annotation of any image")
+    if split == "val":  # the evaluation reads the file itself
+        objects = {}
     labels = mirl.Names(json.dumps([image, objects.get(image, [])]) for image in used)
     classes = [kinds[kind] for kind in label_of]
     return Objects(mirl.Names(names[image] for image in used), labels, classes, str(folder))
@@ -1137,7 +1162,7 @@ def segment_transform(size: int, training: bool) -> Callable:
     `size`, and the labels stay.
     """
     if not training:
-        return functools.partial(shorter_side, size=size)
+        return lambda image, labels: v2.ToPureTensor()(shorter_side(image, size), labels)
     scale = v2.Resize(size)
     if size > mirl.SMALL:
         scale = v2.RandomShortestSize(range(size // 2, 2 * size + 1), max_size=8 * size)
@@ -1147,13 +1172,14 @@ def segment_transform(size: int, training: bool) -> Callable:
     return v2.Compose([*moves, *distortion, v2.ToPureTensor()])
 
 
-def shorter_side(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return v2.ToPureTensor()(TF.resize(image, size, antialias=True), labels)
+def shorter_side(image: Tensor, size: int) -> Tensor:
+    """The short side resized to `size`, but the long one to at most four times that."""
+    return TF.resize(image, size, max_size=4 * size, antialias=True)
 
 
 def detect_transform(training: bool) -> Callable:
     """(image, objects) -> the same, in training flipped at random; torchvision's model resizes."""
-    return v2.Compose([v2.RandomHorizontalFlip(0.5 if training else 0), v2.ToPureTensor()])
+    return v2.Compose([*[v2.RandomHorizontalFlip()] * training, v2.ToPureTensor()])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1243,13 +1269,13 @@ def evaluate_segments(
     for model in models:
         model.eval()
     for images, labels in loader.epoch(0, mirl.in_order(len(loader.data.images), batch)):
-        alike = isinstance(images, Tensor) and isinstance(labels, Tensor)
-        singly = ((x[None], y[None]) for x, y in zip(images, labels) if y is not None)
-        for x, truth in [(images, labels)] if alike else singly:
+        for image, truth in zip(images, labels, strict=True):  # singly: logits are large
+            if truth is None:
+                continue
             for model, matrix in zip(models, matrices, strict=True):
                 with mirl.autocast(loader.device, dtype):
-                    logits = segment(model.forward, x, truth.shape[1:], window)
-                matrix += confusion(logits.argmax(dim=1), truth, classes)
+                    logits = segment(model.forward, image[None], truth.shape, window)
+                matrix += confusion(logits.argmax(dim=1)[0], truth, classes)
     totals = sum(mirl.gather(matrices.cpu()))
     return [segmentation_scores(matrix) for matrix in totals]
 
@@ -1277,6 +1303,10 @@ def coco_scores(found: list[dict], file: str | Path) -> dict[str, float]:
 
     with contextlib.redirect_stdout(io.StringIO()):  # both print their progress
         truth = COCO(str(file))
+        truth.dataset.setdefault("info", {})  # older pycocotools ask for it
+        for i, known in enumerate(truth.dataset["annotations"], start=1):
+            known["id"] = i  # COCOeval takes the id 0 for no match
+        truth.createIndex()
         kinds = sorted(truth.getCatIds())
         results = [
             dict(
@@ -1286,7 +1316,7 @@ def coco_scores(found: list[dict], file: str | Path) -> dict[str, float]:
                 segmentation=mask,
                 score=score,
             )
-            for one in {one["image_id"]: one for one in found}.values()
+            for one in found
             for (x, y, right, bottom), label, mask, score in zip(
                 *(one[k] for k in ("boxes", "labels", "masks", "scores")), strict=True
             )

@@ -64,6 +64,8 @@ FINETUNE = [
     (["--ema-decay", -1], "--ema-decay must be at least 0"),
     (["--data", "/no/such"], "no such folder"),
     (["--drop-path", 1], "drop_path must be in"),
+    (["--head-width", 64], "--head-width is for --task segment or detect"),
+    (["--task", "segment", "--pool", "cls"], "--pool: this is for --task classify"),
     (["--batch-size", 64], "--batch-size 64 is larger than the 33 training images"),
     (["--recipe", "cifar10", "--task", "segment"], "cifar10 is for --task classify, not segment"),
     (["--task", "detect", "--mixup", 0.5], "--mixup: this is for --task classify"),

@@ -294,3 +294,10 @@ def test_an_epoch_of_the_recipes(tmp_path, recipe, make, capsys):
     assert len(classes) == dict(ade20k=150, coco=3)[recipe]
     if task == "detect":
         assert model.transform.min_size[-1] == 96  # that evaluation takes
+
+
+def test_batch_norm_of_one_image_is_refused_before_anything_is_written(folder, tmp_path, capsys):
+    flags = [*TRAIN, "--task", "segment", "--data-dir", folder, "--out", tmp_path / "run"]
+    assert conftest.run(train_finetune, *flags, "--device-batch-size", 1) == 2
+    assert "batch norm needs at least 2 images on a device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
