@@ -55,11 +55,13 @@ def test_cosine_schedule_in_loops():
     assert mirl.lr_factor(0, total, 0) == 1
 
 
-def test_step_schedule():
-    factors = [mirl.lr_factor(step, 90, 9, "step") for step in range(90)]
-    assert factors[9:60] == [1] * 51
-    assert factors[60:80] == pytest.approx([0.1] * 20)
-    assert factors[80:] == pytest.approx([0.01] * 10)
+def test_step_and_linear_schedules():
+    factors = [mirl.lr_factor(step, 120, 9, "step") for step in range(120)]
+    assert factors[9:80] == [1] * 71
+    assert factors[80:110] == pytest.approx([0.1] * 30)
+    assert factors[110:] == pytest.approx([0.01] * 10)
+    factors = [mirl.lr_factor(step, 120, 20, "linear") for step in range(120)]
+    assert factors[20:] == pytest.approx([1 - k / 100 for k in range(100)])
 
 
 @pytest.mark.parametrize(
