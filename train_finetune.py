@@ -81,7 +81,7 @@ RECIPES = {
                           epochs=12, warmup_epochs=1, batch_size=8, base_lr=0.128,
                           layer_decay=0.75, drop_path=0.0, ema_decay=0.0, head_width=64),
     "quick-detect": dict(task="detect", model="vit_nano", data="scenes", image_size=64,
-                         epochs=12, warmup_epochs=1, batch_size=16, base_lr=0.032,
+                         epochs=8, warmup_epochs=1, batch_size=16, base_lr=0.032,
                          layer_decay=0.75, drop_path=0.0, ema_decay=0.0, head_width=64),
     # [S A.2]; the layer decay is by --model
     "ade20k": dict(task="segment", model="vit_b", data="data/ade20k", image_size=512, epochs=127,
