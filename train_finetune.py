@@ -666,7 +666,7 @@ def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
         return vit.to(task.device).eval(), None
     if "history" in saved and isinstance(saved.get("args"), dict):  # a checkpoint, with its flags
         saved |= {k: v for k, v in saved["args"].items() if k in ("task", "head_width")}
-    kind = saved.get("task", "classify")
+    kind = saved.get("task", "classify") if "classes" in saved else task.args.task
     require(kind == task.args.task, f"--from {path} is a model to {kind}: add --task {kind}")
     try:
         classes = saved["classes"]
