@@ -10,7 +10,7 @@ from functools import partial
 import conftest
 import pytest
 import torch
-from conftest import TORCHRUN, ade, coco, finetuned, metrics, with_tests_on_path
+from conftest import TORCHRUN, ade, coco, finetuned, last_line, metrics, with_tests_on_path
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
@@ -23,9 +23,8 @@ TINY += ["--head-width", "8", "--ema-decay", "0.5", "--lr", "2e-3", "--layer-dec
 USUAL = ["--device", "cpu", "--workers", "0"]
 TRAIN = [*USUAL, *TINY, "--from", "scratch", "--log-every", "1"]
 finetune = partial(conftest.run, train_finetune, *USUAL)
-needs_coco = pytest.mark.skipif(
-    not importlib.util.find_spec("pycocotools"), reason="needs pycocotools"
-)
+TASKS = ["segment", "detect"] if importlib.util.find_spec("pycocotools") else ["segment"]
+needs_coco = pytest.mark.skipif("detect" not in TASKS, reason="needs pycocotools")
 both = pytest.mark.parametrize("task", ["segment", pytest.param("detect", marks=needs_coco)])
 
 
@@ -39,10 +38,6 @@ def folder(tmp_path_factory):
             flags = [*TRAIN, "--task", task, "--data-dir", folder, "--out", folder / task]
             assert conftest.run(train_finetune, *flags) == 0
     return folder
-
-
-def last_line(capsys):
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def same_files(a, b, *names):
@@ -71,13 +66,9 @@ def test_a_run_is_scored_saved_and_evaluated(folder, task, capsys):
         assert kept[best] == max(found) and kept["epoch"] == 1 + found.index(max(found))
         assert kept["task"] == task and kept["classes"][-1] == list(mirl.SHAPES)[-1]
     raw, ema = (mirl.load_file(out / f"{name}-last.pt")["model"] for name in ("raw", "ema"))
-    averages = [k for k in raw if "running" in k]
-    assert (len(averages) > 0) == (task == "segment")
-    assert all(
-        torch.equal(raw[k], ema[k]) == (k in averages)
-        for k in [*averages, "head.1.weight"]
-        if k in raw
-    )
+    statistics = [k for k in raw if "running" in k]
+    assert (len(statistics) > 0) == (task == "segment")
+    assert all(torch.equal(raw[k], ema[k]) for k in statistics)
 
 
 def test_miou_of_a_run_by_a_plain_count(folder):
@@ -137,20 +128,21 @@ WORKER = """
 import contextlib
 import sys
 import mirl
+import test_transfer
 import train_finetune
 
 with mirl.processes("cpu") as device:  # torch cannot join a group twice
     mirl.processes = lambda flag: contextlib.nullcontext(device)
     for flags in sys.argv[1:]:
         train_finetune.main(flags.split())
+    test_transfer.in_each_of_two_processes(device)
 """
 
 
-@needs_coco
 def test_two_processes_have_the_measures_of_one(folder, tmp_path, capsys):
     """Of 7 images, which two processes cannot share evenly."""
     (tmp_path / "worker.py").write_text(WORKER)
-    data = {task: [*USUAL, "--task", task, "--data-dir", folder] for task in ("segment", "detect")}
+    data = {task: [*USUAL, "--task", task, "--data-dir", folder] for task in TASKS}
     few = ["--epochs", 1, "--device-batch-size", 2]
     lines = [[*TRAIN, *flags, *few, "--out", tmp_path / task] for task, flags in data.items()]
     command = [*TORCHRUN, tmp_path / "worker.py", *(" ".join(map(str, x)) for x in lines)]
@@ -186,13 +178,10 @@ def test_a_picture_of_what_is_seen(folder, task, tmp_path, capsys):
         assert told and all(kind in line for line in told)
         assert task == "detect" or told == [f"  100.0 %  {kind}"]
         picture = TF.pil_to_tensor(Image.open(drawn)).int()
-        plain = TF.pil_to_tensor(Image.open(image)).int()
-        assert picture.shape == (3, 512, 512)
-        changed = (picture != plain.repeat_interleave(8, 1).repeat_interleave(8, 2)).any(dim=0)
+        large = TF.resize(TF.pil_to_tensor(Image.open(image)), 512, TF.InterpolationMode.NEAREST)
+        changed = (picture != large).any(dim=0)
         assert changed.float().mean() > (0.99 if task == "segment" else 0.05)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        f"{image.stem}-{task}.png" for image in images
-    ]
+    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 def test_windows_over_an_image_of_one_window(folder, capsys):
@@ -208,11 +197,7 @@ def test_windows_over_an_image_of_one_window(folder, capsys):
 
 
 def test_detection_without_pycocotools(folder, tmp_path, monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec",
-        lambda name, *a: None if name == "pycocotools" else find(name, *a),
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     out, data = tmp_path / "run", ["--task", "detect", "--data-dir", folder]
     assert finetune(*TRAIN, *data, "--epochs", 1, "--out", out) == 0
     printed = capsys.readouterr().out
@@ -232,9 +217,8 @@ def test_detection_without_pycocotools(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_is_used_for_its_own_task(folder, tmp_path, capsys):
-    mirl.save_model(
-        tmp_path / "a.pt", mirl.build_vit("vit_nano", num_classes=2), classes=["a", "b"]
-    )
+    vit = mirl.build_vit("vit_nano", num_classes=2)
+    mirl.save_model(tmp_path / "a.pt", vit, classes=["a", "b"])
     data = ["--data-dir", folder, "--eval", "--from"]
     for task, path, own in (
         ("segment", tmp_path / "a.pt", "classify"),
