@@ -1,6 +1,7 @@
 """Data and measures of segmentation and detection: against loops, pycocotools, and the layouts."""
 
 import functools
+import itertools
 import json
 import math
 
@@ -96,13 +97,9 @@ MASKS += [torch.zeros(3, 4) > 0, torch.zeros(3, 4) < 1]
 def test_run_lengths_by_loops():
     for mask in MASKS:
         h, w = mask.shape
-        counts, value, run = [], False, 0
-        for column in range(w):
-            for row in range(h):
-                if bool(mask[row, column]) != value:
-                    counts, value, run = [*counts, run], not value, 0
-                run += 1
-        assert tune.run_lengths(mask) == [*counts, run]
+        values = [bool(mask[i, j]) for j in range(w) for i in range(h)]  # column by column
+        counts = [len(list(run)) for _, run in itertools.groupby(values)]
+        assert tune.run_lengths(mask) == ([0, *counts] if values[0] else counts)
         kept = dict(size=[h, w], counts=tune.run_lengths(mask))
         assert torch.equal(tune.draw_mask(kept, h, w), mask.to(torch.uint8))
 
@@ -208,12 +205,10 @@ def test_labels_outside_the_range_are_named(tmp_path):
     assert data.read(0)[1].unique().tolist() == [0, 1, 255]
     with pytest.raises(UserError, match=r"00000001\.png has the label .*the classes are 1 to 2"):
         data.read(1)
-    Image.new("L", (7, 5)).save(file)
-    with pytest.raises(UserError, match=r"00000000\.png is no map of one label for each pixel"):
-        data.read(0)
-    Image.new("RGB", (40, 30)).save(file)
-    with pytest.raises(UserError, match="is no map"):
-        data.read(0)
+    for image in (Image.new("L", (7, 5)), Image.new("RGB", (40, 30))):
+        image.save(file)
+        with pytest.raises(UserError, match=r"0\.png is no map of one label for each pixel"):
+            data.read(0)
 
 
 def without(path):
@@ -476,23 +471,22 @@ def test_segmentation_scores_by_loops():
     truth[truth == 3] = 0  # class 3 is predicted alone
     guess = torch.randint(5, (2, 9, 7), generator=g)
     guess[guess == 4] = 1  # and class 4 is in the labels alone
-    ious, accuracies, right, pixels = [], [], 0, 0
+    pairs = zip(truth.flatten().tolist(), guess.flatten().tolist(), strict=True)
+    pairs = [(t, p) for t, p in pairs if t != 255]
+    ious, accuracies = [], []
     for c in range(7):  # classes 5 and 6 are nowhere
-        both = either = own = 0
-        for t, p in zip(truth.flatten().tolist(), guess.flatten().tolist(), strict=True):
-            if t != 255:
-                both, either = both + (t == p == c), either + (c in (t, p))
-                own += t == c
-        right, pixels = right + both, pixels + own
+        both = sum(t == p == c for t, p in pairs)
+        either = sum(c in (t, p) for t, p in pairs)
+        own = sum(t == c for t, _ in pairs)
         ious += [both / either] if either else []
         accuracies += [both / own] if own else []
     matrix = tune.confusion(guess, truth, 7)
-    assert matrix.dtype == torch.int64 and matrix.sum() == pixels == (truth != 255).sum()
+    assert matrix.dtype == torch.int64 and matrix.sum() == len(pairs)
     scores = tune.segmentation_scores(matrix)
     assert len(ious) == 5 and len(accuracies) == 4
     assert scores["miou"] == pytest.approx(100 * sum(ious) / 5)
     assert scores["macc"] == pytest.approx(100 * sum(accuracies) / 4)
-    assert scores["aacc"] == pytest.approx(100 * right / pixels)
+    assert scores["aacc"] == pytest.approx(100 * sum(t == p for t, p in pairs) / len(pairs))
 
 
 def local(images):
@@ -526,11 +520,9 @@ def test_windows_by_loops(h, w, stride):
     sums, counts = torch.zeros(2, 3, h, w), torch.zeros(h, w)
     for y in windows(h):
         for x in windows(w):
-            logits = local(images[:, :, y : y + size, x : x + size])
-            for i in range(size):
-                for j in range(size):
-                    sums[:, :, y + i, x + j] += logits[:, :, i, j]
-                    counts[y + i, x + j] += 1
+            rows, columns = slice(y, y + size), slice(x, x + size)
+            sums[:, :, rows, columns] += local(images[:, :, rows, columns])
+            counts[rows, columns] += 1
     assert counts.min() == 1 and windows(h)[-1] + size == h
     torch.testing.assert_close(tune.slide(local, images, size, stride, 4), sums / counts)
 

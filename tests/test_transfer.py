@@ -198,21 +198,19 @@ def test_upernet_equals_transformers():
     )  # fmt: skip
     head = upernet.UperNetHead(config, [32] * 4)
     aux = upernet.UperNetFCNHead(config, [32] * 4)
-    blocks = [
-        *((pool[1], head.psp_modules.blocks[i].layers[1]) for i, pool in enumerate(model.pools)),
-        (model.top, head.bottleneck),
-        *zip(model.laterals, head.lateral_convs),
-        *zip(model.smooth, head.fpn_convs),
-        (model.fuse, head.fpn_bottleneck),
-        (model.aux[0], aux.convs[0]),
-    ]
-    for ours, theirs in blocks:
-        nn.init.uniform_(ours[1].weight, 0.5, 1.5)
-        nn.init.uniform_(ours[1].running_mean)
-        theirs.conv.load_state_dict(ours[0].state_dict())
-        theirs.batch_norm.load_state_dict(ours[1].state_dict())
-    head.classifier.load_state_dict(model.head[1].state_dict())
-    aux.classifier.load_state_dict(model.aux[2].state_dict())
+
+    def layers(*parts):
+        parts = [part for whole in parts for part in whole.modules()]
+        return [part for part in parts if isinstance(part, (nn.Conv2d, nn.BatchNorm2d))]
+
+    decoder = (model.pools, model.top, model.laterals, model.smooth, model.fuse, model.head)
+    theirs = (head.psp_modules, head.bottleneck, head.lateral_convs, head.fpn_convs)
+    theirs += (head.fpn_bottleneck, head.classifier, aux)
+    for a, b in zip(layers(*decoder, model.aux), layers(*theirs), strict=True):
+        if isinstance(a, nn.BatchNorm2d):
+            nn.init.uniform_(a.weight, 0.5, 1.5)
+            nn.init.uniform_(a.running_mean)
+        b.load_state_dict(a.state_dict())
     for part in model.modules():
         if isinstance(part, nn.Dropout2d):
             part.p = 0.0
