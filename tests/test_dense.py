@@ -317,20 +317,6 @@ def test_batches(scenes, workers):
         assert type(targets[1][name]) is torch.Tensor
 
 
-def test_images_of_several_sizes_come_as_lists(tmp_path):
-    ade(tmp_path)
-    path = tmp_path / "images" / "validation" / "ADE_val_00000000.jpg"
-    Image.open(path).resize((20, 60)).save(path)
-    path = tmp_path / "annotations" / "validation" / "ADE_val_00000000.png"
-    Image.new("L", (20, 60), 7).save(path)
-    data = tune.load_dense("segment", str(tmp_path), "", "val")
-    [(images, labels)] = loader(data, tune.segment_transform(80, False)).epoch(0, [[0, 1, 2]])
-    assert [tuple(x.shape) for x in images] == [(3, 240, 80), (3, 80, 106), (3, 80, 106)]
-    assert [tuple(x.shape) for x in labels] == [(60, 20), (30, 40), (30, 40)]
-    resized = TF.resize(data.read(1)[0], 80).as_subclass(torch.Tensor)
-    assert torch.equal(images[1], mirl.normalise_images(resized))
-
-
 def damage(folder, task):
     """Break the second image and the fourth annotation."""
     images = dict(segment="images/training/*", detect="train2017/*")[task]
@@ -535,7 +521,8 @@ def bright(images):
 
 @pytest.mark.parametrize("window", [None, (32, 20)])
 def test_segments_are_scored_at_the_size_of_the_labels(tmp_path, window):
-    """Images of two sizes, and labels that are what the model sees but for an eighth."""
+    """Images of two sizes, which come as lists, and labels that are what the model sees but for an
+    eighth."""
     for folder in ("images", "annotations"):
         (tmp_path / folder / "validation").mkdir(parents=True)
     for i, (h, w) in enumerate(((48, 96), (96, 48), (96, 48))):
@@ -606,7 +593,8 @@ def test_pictures_show_what_was_found(scenes):
     objects = tune.load_dense("detect", "scenes", str(scenes), "train")
     image, labels = (x.as_subclass(torch.Tensor) for x in maps.read(0))
     whole = tune.picture(image, labels.long(), maps.classes)
-    boxed = tune.picture(image, perfect(objects, 0), objects.classes)
+    found = perfect(objects, 0)
+    boxed = tune.picture(image, found, objects.classes)
     large = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
     assert whole.shape == boxed.shape == large.shape and whole.dtype == torch.uint8
     # each class of pixels moves half-way to one colour, but for the names
@@ -621,6 +609,5 @@ def test_pictures_show_what_was_found(scenes):
     for left, top, right, bottom in (8 * objects.read(0)[1]["boxes"]).int().tolist():
         away[max(0, top - 20) : bottom + 20, max(0, left - 20) : right + 120] = False
     assert torch.equal(boxed[:, away], large[:, away]) and not torch.equal(boxed, large)
-    empty = dict(boxes=torch.zeros(0, 4), masks=torch.zeros(0, 1, 64, 64))
-    empty |= dict(labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))
-    assert torch.equal(tune.picture(image, empty, objects.classes), large)
+    nothing = {name: found[name][:0] for name in ("boxes", "masks", "labels", "scores")}
+    assert torch.equal(tune.picture(image, nothing, objects.classes), large)
