@@ -306,11 +306,12 @@ def test_batches(scenes, workers):
     assert all(torch.equal(x, y) for a, b in zip(first, again) for x, y in zip(a, b))
     assert not torch.equal(other[0][0], first[0][0])
 
-    data = tune.load_dense("detect", "scenes", str(scenes), "val")
+    data = tune.load_dense("detect", "scenes", str(scenes), "train")
     batches = loader(data, tune.detect_transform(False), workers)
     (images, targets), (_, last) = batches.epoch(0, [[0, 1, 2], [4]])
     assert [target["image_id"] for target in [*targets, *last]] == [1, 2, 3, 5]
     image, target = data.read(1)
+    assert len(target["boxes"]) > 0
     assert torch.equal(images[1], mirl.normalise_images(image.as_subclass(torch.Tensor)))
     for name in ("boxes", "masks", "labels"):
         assert torch.equal(targets[1][name], target[name])

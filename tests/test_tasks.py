@@ -49,8 +49,8 @@ def same_files(a, b, *names):
 def test_a_run_is_scored_saved_and_evaluated(folder, task, capsys):
     out = folder / task
     epochs = metrics(out, "epoch")
-    names = {"segment": ["miou", "macc", "aacc"]}.get(task)
-    names = names or [f"{k}_{ap}" for k in ("box", "mask") for ap in ("ap", "ap50", "ap75")]
+    names = [f"{k}_{ap}" for k in ("box", "mask") for ap in ("ap", "ap50", "ap75")]
+    names = names if task == "detect" else ["miou", "macc", "aacc"]
     best = dict(segment="miou", detect="mask_ap")[task]
     data = ["--task", task, "--data-dir", folder]
     for file, of in (("raw-last.pt", "raw"), ("ema-last.pt", "ema"), ("checkpoint.pt", "raw")):
