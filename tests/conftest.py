@@ -57,6 +57,15 @@ def metrics(out, kind):
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def stored(path, content):
+    torch.save(content, path)
+    return str(path)
+
+
 def write_images(folder, count=33, seed=0):
     """The first small shapes as files 000.png, 001.png, …"""
     folder.mkdir(parents=True, exist_ok=True)

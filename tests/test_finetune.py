@@ -14,7 +14,16 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, ROOT, TORCHRUN, metrics, with_tests_on_path, write_images
+from conftest import (
+    CPU,
+    ROOT,
+    TORCHRUN,
+    last_line,
+    metrics,
+    stored,
+    with_tests_on_path,
+    write_images,
+)
 from PIL import ImageEnhance, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
@@ -39,15 +48,6 @@ def image_folder(root):
         for seed, name in enumerate(("cat", "dog", "eel")):
             write_images(root / split / name, 11, seed)
     return root
-
-
-def stored(path, state):
-    torch.save(state, path)
-    return str(path)
-
-
-def last_line(capsys):
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 # -- RandAug --

@@ -1,14 +1,11 @@
 """Segmentation and detection: the pyramid, UperNet and Mask R-CNN on the plain ViT."""
 
-import copy
-import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TORCHRUN, with_tests_on_path
 from torchvision.models import detection
 
 import mirl
@@ -69,12 +66,7 @@ def test_the_maps_are_those_of_the_blocks_un_normed_and_without_class_token():
 
 @pytest.mark.parametrize(
     ("depth", "blocks"),
-    [
-        (12, (3, 5, 7, 11)),
-        (24, (7, 11, 15, 23)),
-        (48, (15, 23, 31, 47)),
-        (54, (17, 26, 35, 53)),
-    ],
+    [(12, (3, 5, 7, 11)), (24, (7, 11, 15, 23)), (48, (15, 23, 31, 47)), (54, (17, 26, 35, 53))],
 )
 def test_the_blocks_that_maps_come_from(depth, blocks):
     """The gradient of a map ends at the block that it comes from."""
@@ -206,21 +198,19 @@ def test_upernet_equals_transformers():
     )  # fmt: skip
     head = upernet.UperNetHead(config, [32] * 4)
     aux = upernet.UperNetFCNHead(config, [32] * 4)
-    blocks = [
-        *((pool[1], head.psp_modules.blocks[i].layers[1]) for i, pool in enumerate(model.pools)),
-        (model.top, head.bottleneck),
-        *zip(model.laterals, head.lateral_convs),
-        *zip(model.smooth, head.fpn_convs),
-        (model.fuse, head.fpn_bottleneck),
-        (model.aux[0], aux.convs[0]),
-    ]
-    for ours, theirs in blocks:
-        nn.init.uniform_(ours[1].weight, 0.5, 1.5)
-        nn.init.uniform_(ours[1].running_mean)
-        theirs.conv.load_state_dict(ours[0].state_dict())
-        theirs.batch_norm.load_state_dict(ours[1].state_dict())
-    head.classifier.load_state_dict(model.head[1].state_dict())
-    aux.classifier.load_state_dict(model.aux[2].state_dict())
+
+    def layers(*parts):
+        parts = [part for whole in parts for part in whole.modules()]
+        return [part for part in parts if isinstance(part, (nn.Conv2d, nn.BatchNorm2d))]
+
+    decoder = (model.pools, model.top, model.laterals, model.smooth, model.fuse, model.head)
+    theirs = (head.psp_modules, head.bottleneck, head.lateral_convs, head.fpn_convs)
+    theirs += (head.fpn_bottleneck, head.classifier, aux)
+    for a, b in zip(layers(*decoder, model.aux), layers(*theirs), strict=True):
+        if isinstance(a, nn.BatchNorm2d):
+            nn.init.uniform_(a.weight, 0.5, 1.5)
+            nn.init.uniform_(a.running_mean)
+        b.load_state_dict(a.state_dict())
     for part in model.modules():
         if isinstance(part, nn.Dropout2d):
             part.p = 0.0
@@ -256,18 +246,6 @@ def test_segmentation_loss_in_loops():
     assert mirl.segmentation_loss(out, torch.full_like(labels, 255)) == 0
 
 
-def test_images_without_objects_train():
-    """Every parameter has a gradient, so DistributedDataParallel waits for none."""
-    model, images = detector(), list(noise(2, 3, 64, 64))
-    for targets in ([target(), target((5, 5, 40, 30))], [target(), target()]):
-        losses = model(images, targets)
-        assert len(losses) == 5 and all(x.isfinite() for x in losses.values())
-        sum(losses.values()).backward()
-        assert [n for n, p in model.named_parameters() if p.grad is None] == []
-        assert all(p.grad.isfinite().all() for p in model.parameters())
-        model.zero_grad()
-
-
 def test_boxes_are_exact_under_bfloat16():
     """Encoder and FPN are in bfloat16; anchors, heads and boxes are not, nor are they rounded."""
     model, image = detector(torch.bfloat16, sizes=(32,), patch_size=16).eval(), noise(3, 32, 1001)
@@ -299,84 +277,44 @@ def test_boxes_are_exact_under_bfloat16():
 
 
 def test_layer_decay_reaches_the_encoder_of_both_models():
+    """Its parameters have the rates that test_finetune.py checks, whatever is around it."""
+
+    def rates(model):
+        groups = mirl.parameter_groups(model, 2.0, 0.05, train_finetune.layer_decay(0.5, 6))
+        return {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
     for model in (mirl.UperNet(vit(patch_size=16), 5), detector(patch_size=16)):
-        scale = train_finetune.layer_decay(0.5, 6)
-        groups = mirl.parameter_groups(model, 2.0, 0.05, scale)
-        rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-        names = {id(p): name for name, p in model.named_parameters()}
         pyramid = (model if hasattr(model, "pyramid") else model.backbone).pyramid
-        encoder = {id(p): name for name, p in pyramid.vit.named_parameters()}
-        assert len(rates) == len(names) > len(encoder) == 3 + 6 * 12
-        for p in model.parameters():
-            name, layer = encoder.get(id(p)), 7
-            if name:
-                layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
-            weight_decay = 0.05 if p.ndim > 1 and name != "cls_token" else 0
-            assert rates[id(p)] == (2.0 * 0.5 ** (7 - layer), weight_decay), names[id(p)]
+        plain = {id(p): (2.0, 0.05 if p.ndim > 1 else 0) for p in model.parameters()}
+        assert rates(model) == plain | rates(pyramid.vit)
 
 
-def test_drop_path_acts_in_training():
-    for rate in (0.0, 0.5):
-        pyramid, images = mirl.Pyramid(vit(drop_path=rate)), noise(4, 3, 64, 64)
-        for training in (True, False):
-            pyramid.train(training)
-            a, b = pyramid(images)[3], pyramid(images)[3]
-            assert torch.equal(a, b) == (rate == 0 or not training)
-
-
-def test_the_moving_average_copies_batch_norms_statistics():
-    model = mirl.UperNet(vit(patch_size=16), 5, width=16)
-    average = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    model(noise(4, 3, 64, 64) + 2)
-    before = [p.clone() for p in average.parameters()]
-    mirl.move_average(average, model, keep=0.75)
-    for a, b in zip(average.buffers(), model.buffers()):
-        assert torch.equal(a, b)
-    for a, b in zip(average.parameters(), before):
-        torch.testing.assert_close(a, b + 0.25)
-    assert average.fuse[1].running_mean.abs().min() > 0 and average.fuse[1].num_batches_tracked == 1
-
-
-WORKER = """
-import torch
-import mirl
-import test_transfer
-
-with mirl.processes("cpu") as device:
-    images = test_transfer.noise(2, 3, 64, 64, seed=mirl.RANK)
-    target = test_transfer.target
-    targets = [[target(), target()], [target((5, 5, 40, 30)), target()]][mirl.RANK]
+def in_each_of_two_processes(device):
+    """Gradients are the same, and parameters all have one, where no image or one has an object;
+    called by the worker of test_tasks.py."""
+    images = noise(2, 3, 64, 64, seed=mirl.RANK)
+    targets = [target(), target((5, 5, 40, 30)) if mirl.RANK else target()]
     labels = torch.full((2, 64, 64), 255 if mirl.RANK else 3)
-    detect, segment = test_transfer.detector(), mirl.UperNet(test_transfer.vit(), 5, width=16)
-    for model in (detect, segment):
+    segment = mirl.UperNet(vit(), 5, width=16)
+    for model in (detector(), segment):
         assert mirl.sync_batch_norm(model, device) is model
         parallel = mirl.data_parallel(model, device)
-        for _ in range(2):
-            if model is detect:
-                loss = sum(parallel(list(images), targets).values())
-            else:
+        for seen in (targets, [target(), target()]):
+            if model is segment:
                 loss = mirl.segmentation_loss(parallel(images), labels)
+            else:
+                losses = parallel(list(images), seen)
+                assert len(losses) == 5
+                loss = sum(losses.values())
             loss.backward()
-        first, second = mirl.gather([p.grad.clone() for p in model.parameters()])
-        assert all(torch.equal(a, b) for a, b in zip(first, second))
+            first, second = mirl.gather([p.grad.clone() for p in model.parameters()])
+            assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second))
+            model.zero_grad()
     before = mirl.gather(segment.fuse[1].running_mean.clone())
     mirl.share_buffers(segment)
     after = mirl.gather(segment.fuse[1].running_mean.clone())
     assert not torch.equal(*before)
     assert torch.equal(*after) and torch.equal(after[0], before[0])
-"""
-
-
-def test_two_processes_one_without_objects(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    done = subprocess.run(
-        [*TORCHRUN, tmp_path / "worker.py"],
-        capture_output=True, text=True, env=with_tests_on_path(), timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
