@@ -333,11 +333,25 @@ def test_classifiers_that_are_refused(tmp_path, sample, capsys):
 # -- our files in timm --
 
 
-@pytest.mark.parametrize(("pool", "theirs"), [("mean", "avg"), ("cls", "token")])
-def test_a_fine_tuned_model_in_timm_and_back(tmp_path, pool, theirs):
+def timm_vit(**fields):
     timm = pytest.importorskip("timm.models.vision_transformer")
     shape = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3)
-    theirs = timm.VisionTransformer(**shape, num_classes=10, global_pool=theirs).eval()
+    return timm.VisionTransformer(**shape, **fields).eval()
+
+
+def test_the_encoder_in_timm(tmp_path):
+    theirs = timm_vit(num_classes=0)
+    model = perturbed(mirl.build_mirl("vit_nano"))
+    mirl.save_model(tmp_path / "encoder.pt", model.encoder)
+    theirs.load_state_dict(torch.load(tmp_path / "encoder.pt")["model"])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.forward_features(images), model.encoder(images))
+
+
+@pytest.mark.parametrize(("pool", "theirs"), [("mean", "avg"), ("cls", "token")])
+def test_a_fine_tuned_model_in_timm_and_back(tmp_path, pool, theirs):
+    theirs = timm_vit(num_classes=10, global_pool=theirs)
     model = perturbed(mirl.build_vit("vit_nano", num_classes=10, pool=pool))
     mirl.save_model(tmp_path / "raw-best.pt", model, classes=list("abcdefghij"))
     images = torch.randn(2, 3, 32, 32)
