@@ -1062,13 +1062,15 @@ def load_objects(root: Path, split: str) -> Objects:
         unlisted = {row[0] for row in rows} - names.keys(), {row[1] for row in rows} - kinds.keys()
         missing = sorted(set(names.values()) - set(mirl.files_in(folder)))
         # what its evaluation needs besides
-        whole = all(image["height"] and image["width"] for image in content["images"])
-        whole = whole and all(x["area"] >= 0 and x["segmentation"] for x in content["annotations"])
+        complete = all(image["height"] and image["width"] for image in content["images"])
+        complete = complete and all(
+            x["area"] >= 0 and x["segmentation"] for x in content["annotations"]
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
     del content
     require(kinds and names, f"{file} names no images, or no categories")
-    require(whole, f"{file} has an image without size or an object without segmentation")
+    require(complete, f"{file} has an image without size or an object without segmentation")
     for what, ids in zip(("image", "category"), unlisted, strict=True):
         require(not ids, f"{file} has annotations of {what} {[*ids][:1]}, which it does not list")
     packed = (isinstance(row[3], dict) and isinstance(row[3].get("counts"), str) for row in rows)
