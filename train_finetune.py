@@ -39,7 +39,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -712,20 +712,23 @@ def device_limit(config: mirl.Config) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def outputs(models: list[nn.Module], loader: mirl.Loader, dtype: torch.dtype):
-    """What each model makes of this process's images, float32 (b, ·), and their labels, in turn.
-
-    Every image comes once over all processes. The label of one that cannot be read is −1.
-    """
+def every_image(models: list[nn.Module], loader: mirl.Loader, batch: int) -> Iterator:
+    """This process's batches of all images, each once over all processes, for models that are to
+    be evaluated. (Call their `forward`: by `__call__`, torch.compile would compile once more.)"""
     for model in models:
         model.eval()
-    batches = mirl.in_order(len(loader.data.images), device_limit(models[0].config))
-    for images, labels in loader.epoch(0, batches):
+    return loader.epoch(0, mirl.in_order(len(loader.data.images), batch))
+
+
+@torch.no_grad()
+def outputs(models: list[nn.Module], loader: mirl.Loader, dtype: torch.dtype) -> Iterator:
+    """What each model makes of `every_image`, float32 (b, ·), and the labels, batch by batch.
+
+    The label of an image that cannot be read is −1.
+    """
+    for images, labels in every_image(models, loader, device_limit(models[0].config)):
         with mirl.autocast(images.device, dtype):
-            out = [
-                model.forward(images) for model in models
-            ]  # not by __call__: torch.compile would compile for another batch
+            out = [model.forward(images) for model in models]
         yield [x.float() for x in out], labels
 
 
@@ -1268,9 +1271,7 @@ def evaluate_segments(
     """
     classes = len(loader.data.classes)
     matrices = torch.zeros(len(models), classes, classes, dtype=torch.int64, device=loader.device)
-    for model in models:
-        model.eval()
-    for images, labels in loader.epoch(0, mirl.in_order(len(loader.data.images), batch)):
+    for images, labels in every_image(models, loader, batch):
         for image, truth in zip(images, labels, strict=True):  # singly: logits are large
             if truth is None:
                 continue
@@ -1345,9 +1346,7 @@ def evaluate_objects(
     models: a list of images (3, h, w) -> what `detections` takes, for each.
     """
     found: list[list[dict]] = [[] for _ in models]
-    for model in models:
-        model.eval()
-    for images, targets in loader.epoch(0, mirl.in_order(len(loader.data.images), batch)):
+    for images, targets in every_image(models, loader, batch):
         for model, results in zip(models, found, strict=True):
             for output, target in zip(model.forward(list(images)), targets, strict=True):
                 if target is not None:
