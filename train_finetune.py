@@ -312,25 +312,12 @@ def main(argv: list[str] | None = None) -> None:
             found = task.evaluate(list(models.values()), val_loader)
             scores = dict(zip(models, found, strict=True))
             for name, scored in models.items():
-                keep_best(run, name, scored, scores[name], task.best, epoch)
+                keep_best(run, name, scored, scores[name], task.best)
             if scores["raw"]:
                 say("  ".join(f"{n}: {task.best} {s[task.best]:.2f} %" for n, s in scores.items()))
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             run.end_epoch(**record, corrupt_files=len(loader.corrupt | val_loader.corrupt))
-        if mirl.RANK == 0:
-            found = [
-                (e.get(f"{n}_{task.best}", math.nan), -e["epoch"], n)
-                for e in run.history
-                for n in models
-            ]
-            found = [best for best in found if math.isfinite(best[0])]
-            if not found:  # nothing measured the models
-                return say(f"done: {run.out / 'raw-last.pt'}")
-            score, epoch, name = max(found)
-            say(
-                f"done: the best model is {run.out / name}-best.pt, {task.best} {score:.2f} % "
-                f"after epoch {-epoch}"
-            )
+        say(f"done: {best_model(run, list(models), task.best)}")
 
 
 def loss_function(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -339,16 +326,28 @@ def loss_function(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 
 def keep_best(
-    run: mirl.Run, name: str, model: nn.Module, scores: dict[str, float], best: str, epoch: int
+    run: mirl.Run, name: str, model: nn.Module, scores: dict[str, float], best: str
 ) -> None:
     """<name>-last.pt, and <name>-best.pt where this epoch's `best` score is the best so far."""
     if mirl.RANK == 0:
-        more = dict(classes=run.classes, epoch=epoch + 1, **scores)
+        more = dict(classes=run.classes, epoch=run.epoch, **scores)
         more |= dict(task=run.args.task, head_width=run.args.head_width)
         mirl.save_model(run.out / f"{name}-last.pt", model, **more)
         score, key = scores.get(best, math.nan), f"{name}_{best}"
         if math.isfinite(score) and not any(e.get(key, -1) >= score for e in run.history):
             mirl.save_model(run.out / f"{name}-best.pt", model, **more)
+
+
+def best_model(run: mirl.Run, names: list[str], best: str) -> str:
+    """Which file has the best score of all epochs, the first of equals; or the last weights, where
+    nothing was measured."""
+    scores = [(e.get(f"{n}_{best}", math.nan), -e["epoch"], n) for e in run.history for n in names]
+    scores = [found for found in scores if math.isfinite(found[0])]
+    if not scores:
+        return str(run.out / "raw-last.pt")
+    score, epoch, name = max(scores)
+    path = run.out / f"{name}-best.pt"
+    return f"the best model is {path}, {best} {score:.2f} % after epoch {-epoch}"
 
 
 # ------------------------------------------------------------------------------------------------
