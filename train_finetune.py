@@ -842,6 +842,17 @@ class EveryBlock(nn.Module):
         return self.vit.fc_norm(pooled) if self.config.pool == "mean" else pooled
 
 
+def features(task: Classification, model: nn.Module, data: mirl.Images) -> tuple[Tensor, Tensor]:
+    """What the model makes of all the images that can be read, float (n, ·), and their labels."""
+    mine = []
+    for [x], labels in outputs([model], task.validation(data, model.config), task.dtype):
+        known = labels >= 0
+        mine.append((x[known].cpu(), labels[known].cpu()))
+    batches = itertools.chain(*mirl.gather(mine))  # of all processes
+    x, labels = (torch.cat(parts).to(task.device) for parts in zip(*batches, strict=True))
+    return x, labels
+
+
 def probe(task: Classification, train: mirl.Images, val: mirl.Images) -> None:
     """Print how well a frozen encoder's features, the head's input or those of every block, tell
     the classes apart."""
@@ -850,26 +861,24 @@ def probe(task: Classification, train: mirl.Images, val: mirl.Images) -> None:
     model.head = nn.Identity()
     if args.protocol == "blocks":
         model = EveryBlock(model)
-    features = []
-    for data in (train, val):
-        found = outputs([model], task.validation(data, model.config), task.dtype)
-        parts = zip(*((x[labels >= 0], labels[labels >= 0]) for [x], labels in found), strict=True)
-        mine = [torch.cat(part).cpu() for part in parts]  # empty where there is less than a share
-        gathered = zip(*filter(None, mirl.gather(mine)), strict=True)
-        features += [torch.cat(part).to(device) for part in gathered]
-    x, labels, queries, truth = features
+    x, labels = features(task, model, train)  # (n, D), or (n, depth, D) of every block
+    queries, truth = features(task, model, val)
     require(len(x) > 1, f"--protocol {args.protocol} needs at least 2 training images")
-    blocks = args.protocol == "blocks"
-    tops = []
-    for a, b in zip(x.unbind(1), queries.unbind(1), strict=True) if blocks else [(x, queries)]:
+
+    def accuracy(x: Tensor, queries: Tensor) -> tuple[float, float]:  # (n, D), (m, D)
+        """Top-1 and top-5 in percent."""
         if args.protocol == "linear":
-            scores = linear_scores(a, labels, b, len(val.classes), args.seed)
+            scores = linear_scores(x, labels, queries, len(val.classes), args.seed)
         else:
-            scores = knn_scores(a, labels, b, len(val.classes))
+            scores = knn_scores(x, labels, queries, len(val.classes))
         top1, top5, _, n = score(scores, truth).tolist()
-        tops.append((100 * top1 / n, 100 * top5 / n))
-    top1, top5 = zip(*tops, strict=True) if blocks else tops[0]
-    counts = dict(train_images=len(x), val_images=int(n))
+        return 100 * top1 / n, 100 * top5 / n
+
+    if args.protocol == "blocks":
+        top1, top5 = zip(*map(accuracy, x.unbind(1), queries.unbind(1)), strict=True)
+    else:
+        top1, top5 = accuracy(x, queries)
+    counts = dict(train_images=len(x), val_images=len(queries))
     say(json.dumps(dict(protocol=args.protocol, top1=top1, top5=top5, **counts)))
 
 
