@@ -658,7 +658,7 @@ def new_vit(args: Args, classes: int) -> mirl.ViT:
 def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
     """The model in --from, on the device, and its classes' names: one that this script saved, or
     what `classifier` makes of a file without a configuration and names, and None."""
-    path, classes = task.args.from_, None
+    path = task.args.from_
     saved = mirl.load_file(path)
     if task.args.task == "classify" and not saved.keys() & {"config", "classes"}:
         vit = classifier(mirl.named_tensors(saved), task.args.model, path)
@@ -673,9 +673,7 @@ def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
         model = task.model(vit, len(classes), saved.get("head_width"))
         model.load_state_dict(saved["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError):
-        classes = None
-    if not classes:
-        raise UserError(f"--from {path} is no model that this script fine-tuned")
+        raise UserError(f"--from {path} is no model that this script fine-tuned") from None
     return model.to(task.device).eval(), classes
 
 
