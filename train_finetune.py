@@ -452,15 +452,17 @@ class Detection(Segmentation):
 
     def model(self, vit: mirl.ViT, classes: int, head_width: int | None) -> nn.Module:
         mirl.require_extra("pycocotools", "--eval of detection", self.args.eval)
-        if not (self.args.predict or importlib.util.find_spec("pycocotools")):
+        self.measured = importlib.util.find_spec("pycocotools") is not None
+        if not (self.args.predict or self.measured):
             say("the losses are all that is measured: AP needs pip install -e '.[coco]'")
-        size = min(vit.config.image_hw)  # for 800 pixels one of 480, 512, …, 800, at most 1333 long
-        sizes = range(size, size * 3 // 5 - 1, -32)[::-1] if size > mirl.SMALL else (size,)
-        more = dict(width=head_width or 256, dtype=self.dtype)
-        if size <= mirl.SMALL:  # fewer boxes than torchvision's, which are for large images
+        size = min(vit.config.image_hw)
+        more = dict(longest=size * 5 // 3, width=head_width or 256, dtype=self.dtype)
+        if size > mirl.SMALL:  # for 800 pixels one of 480, 512, …, 800, at most 1333 long
+            more["sizes"] = tuple(range(size, size * 3 // 5 - 1, -32))[::-1]
+        else:  # fewer boxes than torchvision's, which are for large images
+            more |= dict(sizes=(size,), box_batch_size_per_image=64)
             more |= dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
-            more |= dict(box_batch_size_per_image=64)
-        return mirl.mask_rcnn(vit, 1 + classes, tuple(sizes), size * 5 // 3, **more)
+        return mirl.mask_rcnn(vit, 1 + classes, **more)
 
     def transform(self, config: mirl.Config, training: bool) -> Callable:
         return detect_transform(training)
@@ -470,7 +472,7 @@ class Detection(Segmentation):
         return dict(loss=sum(terms.values()), **terms)
 
     def evaluate(self, models: list[nn.Module], loader: mirl.Loader) -> list[dict[str, float]]:
-        if not importlib.util.find_spec("pycocotools"):
+        if not self.measured:
             return [{} for _ in models]
         return evaluate_objects(models, loader, device_limit(models[0].config))
 
