@@ -994,10 +994,8 @@ def draw_mask(segmentation: list | dict, h: int, w: int) -> Tensor:
 
 def run_lengths(mask: Tensor) -> list[int]:
     """A mask (h, w) as the lengths of its runs of zeros and ones, as `draw_mask` takes them."""
-    flat = mask.T.flatten().int()
-    changes = flat.diff(prepend=flat.new_zeros(1)).nonzero().flatten().tolist()
-    ends = [*changes, len(flat)]
-    return [end - start for start, end in zip([0, *changes], ends, strict=True)]
+    values, lengths = mask.T.flatten().unique_consecutive(return_counts=True)
+    return [0] * int(values[0]) + lengths.tolist()  # the first run is one of zeros, if of none
 
 
 def load_dense(task: str, name: str, data_dir: str, split: str) -> LabelMaps | Objects:
