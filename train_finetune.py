@@ -599,7 +599,7 @@ def mixing(args: Args, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor,
     erase = v2.RandomErasing(args.erasing, value="random")
     kinds = ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
     choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
-    mix = v2.RandomChoice(choices) if choices else lambda images, labels: (images, labels)
+    mix = v2.RandomChoice(choices) if choices else v2.Identity()
 
     def both(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if args.erasing:
@@ -1190,7 +1190,8 @@ def shorter_side(image: Tensor, size: int) -> Tensor:
 
 def detect_transform(training: bool) -> Callable:
     """(image, objects) -> the same, in training flipped at random; torchvision's model resizes."""
-    return v2.Compose([*[v2.RandomHorizontalFlip()] * training, v2.ToPureTensor()])
+    flip = v2.RandomHorizontalFlip() if training else v2.Identity()
+    return v2.Compose([flip, v2.ToPureTensor()])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1260,7 +1261,7 @@ def segment(
     """Logits float32 (B, classes, *size) of images (B, 3, H, W), seen whole or, with a window's
     size and stride, by `slide`."""
     logits = slide(model, images, *window) if window else whole(model, images)
-    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+    return mirl.resize_maps(logits.float(), size)
 
 
 @torch.no_grad()
@@ -1390,11 +1391,11 @@ def picture(image: Tensor, result: Tensor | dict[str, Tensor], classes: list[str
         kinds = range(len(names))
     colors = [PALETTE[k % len(PALETTE)] for k in kinds]
     scale = math.ceil(512 / max(image.shape[1:]))
-    image, masks = (enlarged(x.cpu(), scale) for x in (image, masks))
+    image, masks = enlarged(image, scale), enlarged(masks, scale)
     if names:
         image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
         lines = "white" if by_pixel else colors
-        image = draw_bounding_boxes(image, boxes.cpu() * scale, names, lines, width=2)
+        image = draw_bounding_boxes(image, boxes * scale, names, lines, width=2)
     return image
 
 
