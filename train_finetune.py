@@ -995,7 +995,8 @@ def draw_mask(segmentation: list | dict, h: int, w: int) -> Tensor:
 def run_lengths(mask: Tensor) -> list[int]:
     """A mask (h, w) as the lengths of its runs of zeros and ones, as `draw_mask` takes them."""
     values, lengths = mask.T.flatten().unique_consecutive(return_counts=True)
-    return [0] * int(values[0]) + lengths.tolist()  # the first run is one of zeros, if of none
+    runs = lengths.tolist()
+    return [0, *runs] if values[0] else runs  # zeros come first, be they none
 
 
 def load_dense(task: str, name: str, data_dir: str, split: str) -> LabelMaps | Objects:
