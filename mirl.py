@@ -1188,13 +1188,14 @@ def make_scenes(count: int, seed: int) -> Scenes:
 
 def _draw_scenes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     objects = torch.randint(1, 5, (n,), generator=generator)
-    images, kinds = None, torch.full((n, 4), -1)
+    images, kinds = torch.empty(n, 3, 64, 64, dtype=torch.uint8), torch.full((n, 4), -1)
     instances = torch.zeros(n, 64, 64, dtype=torch.uint8)
     for k in range(1, 5):
-        there = objects >= k
+        there = objects >= k  # everywhere for the first, which brings the background
         behind = None if k == 1 else images[there]
-        drawn, labels, inside = _draw_shapes(int(there.sum()), generator, 64, (6, 16), 24, behind)
-        images = drawn if k == 1 else images.index_put((there,), drawn)
+        images[there], labels, inside = _draw_shapes(
+            int(there.sum()), generator, size=64, radius=(6, 16), spread=24, behind=behind
+        )
         instances[there] = instances[there].masked_fill(inside[:, 0] >= 0.5, k)
         kinds[there, k - 1] = labels // len(TEXTURES)
     seen = torch.stack([(instances == k).flatten(1).any(1) for k in range(1, 5)], dim=1)  # (n, 4)
