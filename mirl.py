@@ -650,8 +650,7 @@ class ExtendedMIRL(MIRL):
 
     def update_momentum(self, momentum: float) -> None:
         """momentum encoder <- momentum · itself + (1 − momentum) · encoder."""
-        if self.objectives.feature:
-            move_average(self.momentum_encoder, self.encoder, momentum)
+        move_average(self.momentum_encoder, self.encoder, momentum)
 
 
 @torch.no_grad()
