@@ -236,7 +236,7 @@ def parse(argv: list[str] | None = None) -> Args:
         args.train_images = 500
     quick = Path("runs/mirl-quick/encoder.pt")
     if args.from_ is None:
-        args.from_ = str(quick) if args.recipe[:5] == "quick" and quick.exists() else "scratch"
+        args.from_ = str(quick) if args.recipe == "quick" and quick.exists() else "scratch"
     require(
         sum((args.eval, bool(args.predict), args.protocol != "finetune")) <= 1,
         "--eval, --predict and --protocol exclude each other: give one of them",
