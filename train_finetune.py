@@ -589,8 +589,8 @@ def finetune_transform(size: tuple[int, int], randaug: float) -> Callable[[Tenso
     if min(size) <= mirl.SMALL:
         padding = [size[1] // 8, size[0] // 8]
         crop = [mirl.whole_image(size), v2.RandomCrop(size, padding=padding)]
-    randaug = [RandAugment(randaug)] if randaug else []
-    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *randaug])
+    augment = RandAugment(randaug) if randaug else v2.Identity()
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(), augment])
 
 
 def mixing(args: Args, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
