@@ -1067,30 +1067,31 @@ def load_objects(root: Path, split: str) -> Objects:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         kinds = {kind["id"]: kind["name"] for kind in content["categories"]}
         label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
-        keys = ("image_id", "category_id", "bbox", "segmentation")
-        rows = [(*(x[k] for k in keys), x.get("iscrowd", 0)) for x in content["annotations"]]
-        unlisted = {row[0] for row in rows} - names.keys(), {row[1] for row in rows} - kinds.keys()
-        missing = sorted(set(names.values()) - set(mirl.files_in(folder)))
-        # what its evaluation needs besides
-        complete = all(image["height"] and image["width"] for image in content["images"])
-        complete = complete and all(
-            x["area"] >= 0 and x["segmentation"] for x in content["annotations"]
+        found = content["annotations"]
+        unlisted = dict(
+            image={x["image_id"] for x in found} - names.keys(),
+            category={x["category_id"] for x in found} - kinds.keys(),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = sorted(set(names.values()) - set(mirl.files_in(folder)))
+        # height, width and area are for its evaluation
+        sized = all(image["height"] and image["width"] for image in content["images"])
+        drawn = all(x["bbox"] and x["segmentation"] and x["area"] >= 0 for x in found)
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
-    del content
     require(kinds and names, f"{file} names no images, or no categories")
-    require(complete, f"{file} has an image without size or an object without segmentation")
-    for what, ids in zip(("image", "category"), unlisted, strict=True):
+    require(sized and drawn, f"{file} has an image without size or an object without segmentation")
+    for what, ids in unlisted.items():
         require(not ids, f"{file} has annotations of {what} {[*ids][:1]}, which it does not list")
-    packed = (isinstance(row[3], dict) and isinstance(row[3].get("counts"), str) for row in rows)
-    mirl.require_extra("pycocotools", f"{file}, with compressed masks,", any(packed))
+    masks = (x["segmentation"] for x in found)
+    packed = any(isinstance(x, dict) and isinstance(x.get("counts"), str) for x in masks)
+    mirl.require_extra("pycocotools", f"{file}, with compressed masks,", packed)
     require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
     objects: dict[int, list] = {}
-    for image, kind, box, segmentation, crowd in rows:
-        own = objects.setdefault(image, [])
-        if not crowd:
-            own.append([label_of[kind], box, segmentation])
+    for x in found:
+        own = objects.setdefault(x["image_id"], [])
+        if not x.get("iscrowd"):
+            own.append([label_of[x["category_id"]], x["bbox"], x["segmentation"]])
+    del content, found  # of COCO, gigabytes
     used = [image for image in names if split == "val" or image in objects]
     require(used, f"{file} has no annotation of any image")
     if split == "val":  # the evaluation reads the file itself
