@@ -1,14 +1,17 @@
 """What several test files need."""
 
+import contextlib
 import functools
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
 import mirl
@@ -20,6 +23,9 @@ CPU = torch.device("cpu")
 # two epochs of four steps on the small shapes, or on as many files
 TINY = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "8", "--log-every", "2"]
 TINY += ["--device", "cpu"]
+# a model of four blocks, and what makes it one segment of MAE
+SMALL = dict(depth=4, width=32, heads=2, decoder_width=16, decoder_heads=2, decoder_depth=1)
+MAE = dict(segments=1, dense=False, weight_norm=False)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 make_shapes = functools.cache(mirl.make_shapes)
@@ -51,10 +57,54 @@ def with_tests_on_path():
     return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
+def launch(*command):
+    """A process of its own, which must succeed; what it printed."""
+    done = subprocess.run(
+        list(map(str, command)),
+        env=with_tests_on_path(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def terminate(batch):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def at_batch(loader, epoch, batch, act):
+    """Within, `act` is called on this batch of this epoch (both from 0) before a script has it."""
+    original = loader.epoch
+
+    def epoch_with_an_act(self, e, batches):
+        for i, given in enumerate(original(self, e, batches)):
+            if (e, i) == (epoch, batch):
+                act(given)
+            yield given
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "epoch", epoch_with_an_act)
+        yield
+
+
 def metrics(out, kind):
     """The records of a run's log: of kind "step" or "epoch"."""
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def assert_same_run(a, b, *files):
+    """Two runs have the same logs, but for times, and in these files the same weights."""
+    times = {"seconds", "images_per_second", "input_wait", "peak_memory_gib"}
+    for kind in ("step", "epoch"):
+        for x, y in zip(metrics(a, kind), metrics(b, kind), strict=True):
+            assert x.keys() == y.keys() and all(x[k] == y[k] for k in x.keys() - times)
+    for name in files:
+        x, y = (mirl.load_file(run / name)["model"] for run in (a, b))
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 def last_line(capsys):
@@ -74,64 +124,72 @@ def write_images(folder, count=33, seed=0):
     return folder
 
 
-def ade(folder, count=3, size=(40, 30)):
+def image_folder(root, classes=("cat", "dog", "eel"), count=11):
+    """So many images of each class for training, and the same ones for validation."""
+    for split in ("train", "val"):
+        for seed, name in enumerate(classes):
+            write_images(root / split / name, count, seed)
+    return root
+
+
+def pictures(size):
+    """Three images of this size (width, height)."""
+    return [TF.to_pil_image(image).resize(size) for image in make_shapes(33, 0).images[:3]]
+
+
+def ade(folder):
     """A few files as ADE20K has them: JPEG images, PNG maps of labels 0 to 150."""
     info = [
         "Idx\tRatio\tTrain\tVal\tStuff\tName",
         *(f"{k}\t0\t1\t1\t0\tkind {k}" for k in range(1, 151)),
     ]
-    (folder / "images").mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
     (folder / "objectInfo150.txt").write_text("\n".join(info) + "\n")
     for part, name in (("training", "ADE_train"), ("validation", "ADE_val")):
-        write_images(folder / "images" / part, count)
-        (folder / "annotations" / part).mkdir(parents=True)
-        for i, path in enumerate(sorted((folder / "images" / part).iterdir())):
-            Image.open(path).resize(size).save(path.with_name(f"{name}_{i:08d}.jpg"))
-            path.unlink()
-            labels = torch.randint(
-                151, size[::-1], generator=torch.Generator().manual_seed(i), dtype=torch.uint8
-            )
-            file = folder / "annotations" / part / f"{name}_{i:08d}.png"
-            Image.fromarray(labels.numpy()).save(file)
+        images, annotations = folder / "images" / part, folder / "annotations" / part
+        images.mkdir(parents=True)
+        annotations.mkdir(parents=True)
+        for i, picture in enumerate(pictures((40, 30))):
+            picture.save(images / f"{name}_{i:08d}.jpg")
+            generator = torch.Generator().manual_seed(i)
+            labels = torch.randint(151, (30, 40), generator=generator, dtype=torch.uint8)
+            TF.to_pil_image(labels).save(annotations / f"{name}_{i:08d}.png")
     return folder
-
-
-def polygon(x, y, w, h):
-    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
 
 def coco(folder, change=lambda content: None):
     """A few files as COCO has them: ids with holes, polygons, a crowd, an image without objects."""
-
-    def thing(image, kind, box, segmentation=None, iscrowd=0):
-        return dict(
-            id=len(things) + 900,
+    objects = [
+        (139, 90, [5.0, 4.0, 20.0, 10.0]),
+        (139, 1, [30.0, 20.0, 25.0, 30.0]),  # beyond the edges
+        (139, 3, [8.0, 8.0, 0.0, 6.0]),
+        (139, 1, [3.0, 0.0, 7.0, 31.0]),
+        (724, 3, [10.0, 2.0, 12.0, 20.0]),
+    ]
+    annotations = [
+        dict(
+            id=900 + i,
             image_id=image,
             category_id=kind,
-            bbox=box,
-            area=box[2] * box[3],
-            segmentation=segmentation or polygon(*box),
-            iscrowd=iscrowd,
+            bbox=[x, y, w, h],
+            area=w * h,
+            segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+            iscrowd=0,
         )
-
-    things = []
-    things.append(thing(139, 90, [5.0, 4.0, 20.0, 10.0]))
-    things.append(thing(139, 1, [30.0, 20.0, 25.0, 30.0]))  # beyond the edges
-    things.append(thing(139, 3, [8.0, 8.0, 0.0, 6.0]))
+        for i, (image, kind, (x, y, w, h)) in enumerate(objects)
+    ]
     crowd = dict(size=[31, 45], counts=[100, 200, 31 * 45 - 300])
-    things.append(thing(139, 1, [3, 0, 7, 31], crowd, iscrowd=1))
-    things.append(thing(724, 3, [10.0, 2.0, 12.0, 20.0]))
+    annotations[3] |= dict(segmentation=crowd, iscrowd=1)
     names = {139: "000000000139.jpg", 285: "000000000285.jpg", 724: "000000000724.jpg"}
     images = [dict(id=k, file_name=n, height=31, width=45, license=1) for k, n in names.items()]
     kinds = [(90, "toothbrush"), (1, "person"), (3, "car")]
     categories = [dict(id=k, name=name, supercategory="thing") for k, name in kinds]
-    content = dict(images=images, annotations=things, categories=categories, info={})
+    content = dict(images=images, annotations=annotations, categories=categories, info={})
     change(content)
     (folder / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        write_images(folder / f"{split}2017", 3)
-        for path, name in zip(sorted((folder / f"{split}2017").iterdir()), names.values()):
-            Image.open(path).resize((45, 31)).save(path.with_name(name))
-            path.unlink()
-        train_finetune.annotation_file(folder / f"{split}2017").write_text(json.dumps(content))
+    for split in ("train2017", "val2017"):
+        (folder / split).mkdir()
+        for picture, name in zip(pictures((45, 31)), names.values(), strict=True):
+            picture.save(folder / split / name)
+        train_finetune.annotation_file(folder / split).write_text(json.dumps(content))
     return folder

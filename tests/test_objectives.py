@@ -1,23 +1,19 @@
 """The other objectives, truncated pre-training, gradient norms and their figure."""
 
 import math
-import subprocess
-import sys
+import signal
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TINY, TORCHRUN, metrics, run, with_tests_on_path
+from conftest import MAE, SMALL, TINY, at_batch, metrics, run, terminate
 from PIL import Image
 from torchvision.models import vgg
 
 import mirl
 import train_pretrain
 from mirl import UserError
-
-SMALL = dict(depth=4, width=32, heads=2, decoder_width=16, decoder_heads=2, decoder_depth=1)
-MAE = dict(segments=1, dense=False, weight_norm=False)
 
 
 def extended(objectives, vgg=None, **overrides):
@@ -134,16 +130,6 @@ def test_the_target_view_is_whole_and_comes_from_the_momentum_encoder():
     assert out.terms["feature"].item() == pytest.approx(expected.item())
 
 
-def test_move_average_by_hand():
-    average, model = nn.Linear(2, 1), nn.Linear(2, 1)
-    for layer, weight, bias in ((average, [1.0, 2.0], 3.0), (model, [5.0, -2.0], 0.0)):
-        layer.weight.data.copy_(torch.tensor([weight]))
-        layer.bias.data.fill_(bias)
-    mirl.move_average(average, model, keep=0.75)
-    assert average.weight.tolist() == [[2.0, 1.0]] and average.bias.tolist() == [2.25]
-    assert model.weight.tolist() == [[5.0, -2.0]] and model.bias.tolist() == [0.0]
-
-
 def test_the_momentum_encoder_follows_the_encoder_on_schedule():
     model = extended(mirl.Objectives(feature=1.0))
     weight, average = model.encoder.cls_token, model.momentum_encoder.cls_token
@@ -243,69 +229,19 @@ def test_all_objectives_together_add_up_and_resume(tmp_path, vgg_file, method):
         assert line["loss"] == pytest.approx(total, rel=1e-5)
         for kind in ("qkv", "mlp", "norm", "proj"):
             assert len(line[f"grad_{kind}"]) == 6 and min(line[f"grad_{kind}"]) > 0
-    original = mirl.Run.end_epoch
-
-    def stop(self, **record):
-        original(self, **record)
-        raise UserError("stop")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mirl.Run, "end_epoch", stop)
-        assert pretrain(out, *flags) == 2
+    with at_batch(train_pretrain.PretrainLoader, 1, 0, terminate):
+        assert pretrain(out, *flags) == 128 + signal.SIGTERM
     half = mirl.load_file(out / "checkpoint.pt")["model"]
     assert pretrain(out, *flags, "--no-log-grad-norms", "--resume") == 0
     assert ["grad_qkv" in line for line in metrics(out, "step")] == [True, True, False, False]
     a, b = (mirl.load_file(folder / "checkpoint.pt")["model"] for folder in (whole, out))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
     average = "momentum_encoder.cls_token"
     assert not torch.equal(a[average], half[average])  # it goes on following
     assert not torch.equal(a[average], a["encoder.cls_token"])
     assert mirl.load_file(whole / "encoder.pt")["model"].keys() == {
         k.removeprefix("encoder.") for k in a if k.startswith("encoder.")
     }
-
-
-WORKER = """
-import sys, torch, mirl, train_pretrain
-from conftest import TINY
-from test_objectives import extended
-
-with mirl.processes("cpu") as device:
-    model = extended(mirl.Objectives(omega=0.5, feature=1.0))
-    args = train_pretrain.parse([*TINY, "--out", sys.argv[1]])
-    split = mirl.split_batch(24, 8, None, 256)
-    groups = mirl.parameter_groups(model, args.lr, args.weight_decay)
-    data = mirl.make_shapes(24, 0)
-    run = mirl.Run(model, args, groups, (0.9, 0.95), split, data, device)
-    generator = torch.Generator().manual_seed(1)
-    batches = torch.randn(3, 8, 3, 32, 32, generator=generator).double()
-    noises = torch.rand(3, 8, 64, generator=generator)
-    mine = slice(mirl.RANK, None, mirl.WORLD_SIZE)
-    for epoch in run.epochs():
-        for images, noise in zip(batches, noises):
-            with mirl.autocast(device, run.dtype):
-                loss = run.model(images[mine], noise[mine]).loss
-            run.scaler.scale(loss).backward()
-            run.note(loss=loss)
-            run.update()
-            model.update_momentum(0.9)
-        run.end_epoch()
-"""
-
-
-def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
-    """Negatives come from the other process's images too."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    for name, command in (("one", [sys.executable]), ("two", TORCHRUN)):
-        done = subprocess.run(
-            [*command, tmp_path / "worker.py", tmp_path / name],
-            capture_output=True, text=True, env=with_tests_on_path(),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    one, two = (mirl.load_file(tmp_path / n / "checkpoint.pt")["model"] for n in ("one", "two"))
-    assert one["momentum_encoder.cls_token"].any() and one.keys() == two.keys()
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], msg=key)
 
 
 # -- truncated pre-training --

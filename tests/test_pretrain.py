@@ -7,8 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import types
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,10 +16,14 @@ from conftest import (
     ROOT,
     TINY,
     TORCHRUN,
+    assert_same_run,
+    at_batch,
+    launch,
     make_shapes,
     metrics,
     needs_gpu,
     run,
+    terminate,
     with_tests_on_path,
     write_images,
 )
@@ -29,6 +32,7 @@ from PIL import Image
 import mirl
 import train_pretrain
 from mirl import UserError
+from train_pretrain import PretrainLoader
 
 
 def pretrain(*flags):
@@ -153,24 +157,15 @@ def test_shares_of_the_residual():
 
 
 def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
-    written = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            assert folder == tmp_path / "run" / "tensorboard" and purge_step == 1
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-        def flush(self):
-            pass
-
-    module = types.SimpleNamespace(SummaryWriter=Writer)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(mirl.importlib.util, "find_spec", lambda name: module)
-    assert pretrain("--out", tmp_path / "run", "--tensorboard") == 0
-    for m in metrics(tmp_path / "run", "step"):
-        assert ("step/loss_1", m["loss_1"], m["step"]) in written
+    """The package is an optional extra: something that takes every call stands in for it."""
+    out, package = tmp_path / "run", Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    monkeypatch.setattr(mirl.importlib.util, "find_spec", lambda name: package)
+    assert pretrain("--out", out, "--tensorboard") == 0
+    package.SummaryWriter.assert_called_once_with(out / "tensorboard", purge_step=1)
+    for m in metrics(out, "step"):
+        add = package.SummaryWriter.return_value.add_scalar
+        add.assert_any_call("step/loss_1", m["loss_1"], m["step"])
 
 
 def test_folders_accumulation_clipping_and_step_decay(tmp_path):
@@ -188,7 +183,7 @@ def test_training_lowers_the_loss(tmp_path):
     assert epochs[-1]["loss"] < 0.93  # predicting zero everywhere scores 47/48 = 0.98
 
 
-def new_run(model, out, split, device=CPU, **args):
+def new_run(model, out, split, device=CPU):
     """A run of two epochs on as many shapes as its split has images."""
     args = train_pretrain.parse([*TINY, "--out", str(out)])
     groups = mirl.parameter_groups(model, args.lr, 0.05)
@@ -197,8 +192,9 @@ def new_run(model, out, split, device=CPU, **args):
     return mirl.Run(model, args, groups, (0.9, 0.95), split, data, device)
 
 
-def train_on(run, x, noise, momentum=None):
+def train_on(run, x, noise):
     """Given effective batches x (steps, B, …) and masks: this process's share of each."""
+    model = run.parts["model"]
     size, accumulation = run.split.device_batch_size, run.split.accumulation
     first = mirl.RANK * size * accumulation
     for _ in run.epochs():
@@ -210,38 +206,12 @@ def train_on(run, x, noise, momentum=None):
                 run.scaler.scale(loss / accumulation).backward()
                 run.note(loss=loss)
             run.update()
-            if momentum:
-                run.parts["model"].update_momentum(momentum)
+            if isinstance(model, mirl.ExtendedMIRL):
+                model.update_momentum(0.9)
         run.end_epoch()
 
 
-def test_accumulation_changes_nothing_but_memory(tmp_path):
-    """8 at a time or 4 × 2: the same gradients, given the same images and masks."""
-    results = []
-    x, noise = torch.randn(3, 8, 3, 32, 32).double(), torch.rand(3, 8, 64)
-    for device_batch in (8, 2):
-        torch.manual_seed(0)
-        model = mirl.build_mirl("vit_nano").double()
-        split = mirl.split_batch(24, 8, device_batch, 256)
-        train_on(new_run(model, tmp_path / str(device_batch), split), x, noise)
-        results.append(torch.cat([p.flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*results)
-
-
 # -- stop and go on --
-
-
-def stop_at(monkeypatch, epoch, batch, how):
-    """Runs `how()` in the given epoch (from 0) before the given batch of it."""
-    original = train_pretrain.PretrainLoader.epoch
-
-    def epoch_with_a_stop(self, e, order):
-        for i, images in enumerate(original(self, e, order)):
-            if (e, i) == (epoch, batch):
-                images = how() or images * float("nan")
-            yield images
-
-    monkeypatch.setattr(train_pretrain.PretrainLoader, "epoch", epoch_with_a_stop)
 
 
 @pytest.fixture(scope="module")
@@ -253,38 +223,28 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-def assert_same_run(out, other):
-    assert losses(out) == losses(other)  # bit for bit
-    a, b = (mirl.load_file(Path(o) / "checkpoint.pt") for o in (out, other))
-    assert all(torch.equal(a["model"][k], v) for k, v in b["model"].items())
-    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
-    assert (Path(out) / "encoder.pt").exists()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_and_resume_equal_an_uninterrupted_run(tmp_path, capsys, uninterrupted, number):
     out = tmp_path / "run"
     before = signal.getsignal(signal.SIGINT)  # a shell's background jobs begin with it ignored
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 1, 3, lambda: os.kill(os.getpid(), number))
+    with at_batch(PretrainLoader, 1, 3, lambda images: os.kill(os.getpid(), number)):
         assert pretrain("--out", out, "--epochs", 3) == 128 + number
     printed = capsys.readouterr().out
     assert f"stopped by {number.name}: {out}/checkpoint.pt holds the last complete epoch" in printed
     assert signal.getsignal(signal.SIGINT) is before
     assert [m["step"] for m in metrics(out, "step")] == [2, 4, 6]  # one of epoch 2, to come again
     assert pretrain("--out", out, "--epochs", 3, "--resume") == 0
-    assert_same_run(out, uninterrupted)
+    assert_same_run(out, uninterrupted, "checkpoint.pt", "encoder.pt")
 
 
 def test_a_run_on_files_resumes_exactly(tmp_path):
     """Worker processes live through the epochs of one run, and start anew in the other."""
     flags = ["--data", write_images(tmp_path / "images"), "--workers", 1, "--epochs", 3]
     assert pretrain("--out", tmp_path / "whole", *flags) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 1, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with at_batch(PretrainLoader, 1, 2, terminate):
         assert pretrain("--out", tmp_path / "run", *flags) == 128 + signal.SIGTERM
     assert pretrain("--out", tmp_path / "run", *flags, "--resume") == 0
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole", "checkpoint.pt", "encoder.pt")
 
 
 def test_fp16_and_its_loss_scaler_also_taken_up_and_left_by_a_resume(
@@ -295,9 +255,7 @@ def test_fp16_and_its_loss_scaler_also_taken_up_and_left_by_a_resume(
     monkeypatch.setattr(mirl, "pick_dtype", lambda flag, device: dtypes[flag])
     out = tmp_path / "run"
     for epoch, dtype in enumerate(["auto", "fp16", "fp32"]):
-        with pytest.MonkeyPatch.context() as patch:
-            if epoch < 2:
-                stop_at(patch, epoch + 1, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with at_batch(PretrainLoader, epoch + 1, 0, terminate):
             code = pretrain("--out", out, "--epochs", 3, "--dtype", dtype, "--resume")
         assert code == (128 + signal.SIGTERM if epoch < 2 else 0)
         scaler = mirl.load_file(out / "checkpoint.pt")["scaler"]
@@ -310,10 +268,11 @@ def test_kill_and_resume_equal_an_uninterrupted_run(tmp_path, uninterrupted):
     """SIGKILL in the second epoch, while a line of metrics and a checkpoint are half written."""
     out = tmp_path / "run"
     program = """
-import os, signal, sys, pytest, mirl, conftest, test_pretrain, train_pretrain
+import os, signal, sys, mirl, conftest, train_pretrain
 mirl.make_shapes = lambda count, seed: conftest.make_shapes(33, seed)
-test_pretrain.stop_at(pytest.MonkeyPatch(), 1, 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
-train_pretrain.main(sys.argv[1:])
+kill = lambda images: os.kill(os.getpid(), signal.SIGKILL)
+with conftest.at_batch(train_pretrain.PretrainLoader, 1, 3, kill):
+    train_pretrain.main(sys.argv[1:])
 """
     flags = [*TINY, "--picture-every", "0", "--out", str(out), "--epochs", "3"]
     command = [sys.executable, "-c", program, *flags]
@@ -324,7 +283,7 @@ train_pretrain.main(sys.argv[1:])
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"kind": "step", "st')
     assert pretrain("--out", out, "--epochs", 3, "--resume") == 0
-    assert_same_run(out, uninterrupted)
+    assert_same_run(out, uninterrupted, "checkpoint.pt", "encoder.pt")
     assert not list(out.glob("*tmp*"))
 
 
@@ -336,7 +295,7 @@ def test_resume_without_a_run_starts_one_and_of_a_complete_one_ends(tmp_path, ca
     assert pretrain("--out", out, "--resume") == 0
     assert "after epoch 2 of 2" in capsys.readouterr().out
     after = mirl.load_file(out / "checkpoint.pt")["model"]
-    assert all(torch.equal(before[k], v) for k, v in after.items())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert (out / "encoder.pt").exists() and len(metrics(out, "step")) == 4
 
 
@@ -374,11 +333,12 @@ def test_a_run_is_never_overwritten(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch, accumulation):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, accumulation):
     out = tmp_path / "run"
     flags = ["--out", out, "--epochs", 3, "--device-batch-size", 8 // accumulation]
-    stop_at(monkeypatch, 1, 2 * accumulation, lambda: None)
-    assert pretrain(*flags) == 1
+    third = 2 * accumulation  # the first micro-batch of the third step
+    with at_batch(PretrainLoader, 1, third, lambda images: images.fill_(float("nan"))):
+        assert pretrain(*flags) == 1
     error = capsys.readouterr().err
     assert "the loss at step 7 (epoch 2) is not finite" in error and error.count("\n") == 1
     assert mirl.load_file(out / "checkpoint.pt")["epoch"] == 1
@@ -433,12 +393,14 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
 # -- several processes --
 
 WORKER = """
-import sys, torch, mirl, test_pretrain
+import sys, torch, mirl, test_objectives, test_pretrain
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-out, accumulation = sys.argv[1], int(sys.argv[2])
+out, accumulation, objectives = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with mirl.processes("cpu") as device:
     torch.manual_seed(0)
     model = mirl.build_mirl("vit_nano").double()
+    if objectives == "all":
+        model = test_objectives.extended(mirl.Objectives(omega=0.5, feature=1.0))
     split = mirl.split_batch(24, 8, 4 // accumulation if mirl.WORLD_SIZE > 1 else 8, 256)
     run = test_pretrain.new_run(model, out, split, device)
     reduced = [0]
@@ -456,27 +418,25 @@ with mirl.processes("cpu") as device:
 """
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_equal_one(tmp_path, accumulation):
-    (tmp_path / "worker.py").write_text(WORKER)
+@pytest.mark.parametrize(("accumulation", "objectives"), [(1, "own"), (2, "own"), (1, "all")])
+def test_two_processes_equal_one(tmp_path, accumulation, objectives):
+    """However the batch is cut; negatives come from the other process's images too."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
     for command, name in (([sys.executable], "one"), (TORCHRUN, "two")):
-        program = [*command, tmp_path / "worker.py", tmp_path / name, str(accumulation)]
-        done = subprocess.run(program, env=with_tests_on_path(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    one, two = (mirl.load_file(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
-    for key, value in one["model"].items():
-        torch.testing.assert_close(two["model"][key], value, rtol=1e-6, atol=1e-7)
+        launch(*command, worker, tmp_path / name, accumulation, objectives)
+    one, two = (mirl.load_file(tmp_path / n / "checkpoint.pt")["model"] for n in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
 
 
 def test_the_script_under_torchrun(tmp_path):
     folder = write_images(tmp_path / "images")
-    flags = [*TINY, "--data", folder, "--out", tmp_path / "run", "--workers", "1"]
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "run", "--workers", 1]
     for i in range(10, 20):
         (folder / f"{i:03d}.png").write_bytes(b"broken")
     command = [*TORCHRUN, ROOT / "train_pretrain.py", *flags, "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = launch(*command)
     warned = re.findall(r"(\w+.png) cannot be read", done.stdout)
     assert len(warned) == len(set(warned)) == metrics(tmp_path / "run", "epoch")[1]["corrupt_files"]
     assert 5 < len(warned) <= 10 and "Warning" not in done.stderr
@@ -484,8 +444,7 @@ def test_the_script_under_torchrun(tmp_path):
     assert done.stdout.count("done: ") == 1
     assert [m["step"] for m in metrics(tmp_path / "run", "step")] == [2, 4, 6, 8]
     assert (tmp_path / "run" / "reconstruction.png").exists()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count("after epoch 2 of 2") == 1, again.stderr
+    assert launch(*command).stdout.count("after epoch 2 of 2") == 1
 
 
 def test_an_error_of_another_process_is_said(tmp_path):

@@ -77,10 +77,10 @@ FINETUNE = [
 
 SPEED = [
     (["--models", "vit_x"], "no model 'vit_x'"),
-    (["--batch-size", "none"], "--batch-size takes numbers"),
+    (["--batch-size", 8, "many"], "--batch-size takes numbers from 1 on and auto, not many"),
     (["--batch-size", "auto", "--device", "cpu"], "--batch-size auto needs one process on a CUDA"),
     (["--windows", 0], "--windows must be at least 1, not 0"),
-    (["--json", "/no/such/folder/a.json"], "there is no folder /no/such/folder"),
+    (["--json", "/no/such/folder/a.json"], "--json: there is no folder /no/such/folder"),
 ]
 
 START = ["--from", "scratch", "--train-images", "33", "--workers", "0"]

@@ -5,13 +5,12 @@ import functools
 import importlib.util
 import json
 import re
-import subprocess
 
 import bench_peers
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CPU, ROOT, TORCHRUN, needs_gpu, run
+from conftest import CPU, ROOT, TORCHRUN, launch, needs_gpu, run
 
 import eval_speed
 import mirl
@@ -68,8 +67,6 @@ def test_the_table_and_the_json_agree(tmp_path, capsys, mode, dtype):
         assert shown["model"] == row["model"] == "vit_nano" and int(shown["depth"]) == 6
         assert int(shown["batch"]) == row["batch_size"]
         assert float(shown["img/s"]) == pytest.approx(row["images_per_second"], abs=0.006)
-        flops = 2 * row["step_macs"] * row["images_per_second"]
-        assert row["tflops"] == pytest.approx(flops / 1e12)
     assert [row["batch_size"] for row in result["rows"]] == [2, 3]
 
 
@@ -120,9 +117,7 @@ def test_running_out_of_memory_is_reported_and_survived(tmp_path, capsys, monkey
 @pytest.mark.parametrize("mode", ["infer", "pretrain"])
 def test_two_processes_add_up(tmp_path, mode):
     path = tmp_path / "speed.json"
-    command = [*TORCHRUN, ROOT / "eval_speed.py", *QUICK, "--mode", mode, "--json", path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = launch(*TORCHRUN, ROOT / "eval_speed.py", *QUICK, "--mode", mode, "--json", path)
     result = json.loads(path.read_text())
     [row] = result["rows"]
     assert result["processes"] == 2 and len(row["per_process"]) == 2
@@ -138,20 +133,6 @@ def test_on_a_gpu(tmp_path, flags):
     assert speed("--device", "cuda", "--json", path, *flags) == 0
     [row] = json.loads(path.read_text())["rows"]
     assert row["lowest"] > 0 and row["memory_gib"] > 0
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--batch-size", "8", "many"], "--batch-size takes numbers from 1 on and auto, not many"),
-        (["--batch-size", "auto"], "--batch-size auto needs one process on a CUDA device"),
-        (["--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
-    ],
-)
-def test_refusals(capsys, flags, message):
-    assert speed(*flags) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
 
 
 def test_every_batch_size_is_compiled_by_itself(monkeypatch):

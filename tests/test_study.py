@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torchvision.utils import save_image
+from conftest import image_folder
 
 import train_finetune
 import train_pretrain
@@ -80,14 +79,10 @@ def test_table_and_figure_of_known_results(tmp_path):
 
 
 def test_a_cell_from_end_to_end(tmp_path, monkeypatch):
-    for i, image in enumerate(torch.rand(32, 3, 32, 32)):
-        path = tmp_path / "data" / ("train" if i % 2 else "val") / str(i % 3)
-        path.mkdir(parents=True, exist_ok=True)
-        save_image(image, path / f"{i}.png")
     few = "--epochs 1 --warmup-epochs 0 --batch-size 8 --workers 0"
     tiny = dict(models={12: "vit_nano"}, pretrain=few, finetune=few, probe="--workers 0")
     monkeypatch.setitem(study.SIZES, "cpu", tiny)
-    args = arguments("cpu", tmp_path / "data", tmp_path / "out")
+    args = arguments("cpu", image_folder(tmp_path / "data"), tmp_path / "out")
     result = study.run_cell(study.Cell("mirl", 12, False, 7), args, threads=1)
     assert (result["cell"], result["seed"]) == ("mirl-12-seed7", 7)
     assert len(result["blocks"]) == 6 and result["blocks"][-1] == result["knn"]

@@ -1,15 +1,25 @@
-"""train_finetune.py --task segment and detect, from end to end."""
+"""train_finetune.py from end to end: all its tasks, segmentation and detection above all."""
 
 import importlib.util
-import os
 import signal
-import subprocess
 from functools import partial
 
 import conftest
 import pytest
 import torch
-from conftest import TORCHRUN, ade, coco, finetuned, last_line, metrics, with_tests_on_path
+from conftest import (
+    TORCHRUN,
+    ade,
+    assert_same_run,
+    at_batch,
+    coco,
+    finetuned,
+    last_line,
+    launch,
+    make_shapes,
+    metrics,
+    terminate,
+)
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
@@ -18,40 +28,46 @@ import train_finetune
 
 COUNTS = dict(train=(12, 2), val=(7, 3))
 TINY = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "4", "--image-size", "32"]
-TINY += ["--head-width", "8", "--ema-decay", "0.5", "--lr", "2e-3", "--layer-decay", "1"]
+TINY += ["--ema-decay", "0.5", "--lr", "2e-3", "--layer-decay", "1"]
 USUAL = ["--device", "cpu", "--workers", "0"]
 TRAIN = [*USUAL, *TINY, "--from", "scratch", "--log-every", "1"]
 finetune = partial(conftest.run, train_finetune, *USUAL)
+FLAGS = dict(
+    classify="--train-images 32 --randaug 9 --mixup 0.8 --cutmix 1 --erasing 0.25 --drop-path 0.1",
+    segment="--task segment --head-width 8",
+    detect="--task detect --head-width 8",
+)
+FLAGS = {task: flags.split() for task, flags in FLAGS.items()}
+SCORES = dict(
+    classify=["top1", "top5", "val_loss", "val_images"],
+    segment=["miou", "macc", "aacc"],
+    detect=[f"{kind}_{ap}" for kind in ("box", "mask") for ap in ("ap", "ap50", "ap75")],
+)
+BEST = dict(classify="top1", segment="miou", detect="mask_ap")
 TASKS = ["segment", "detect"] if importlib.util.find_spec("pycocotools") else ["segment"]
 needs_coco = pytest.mark.skipif("detect" not in TASKS, reason="needs pycocotools")
-both = pytest.mark.parametrize("task", ["segment", pytest.param("detect", marks=needs_coco)])
+detect = pytest.param("detect", marks=needs_coco)
+both = pytest.mark.parametrize("task", ["segment", detect])
+each = pytest.mark.parametrize("task", ["classify", "segment", detect])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A few scenes, and a run of each task on them."""
+    """A few scenes, a run of each task on them, and one that classifies shapes."""
     folder = tmp_path_factory.mktemp("tasks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_finetune, "SCENES", COUNTS)
-        for task in ("segment", "detect"):
-            flags = [*TRAIN, "--task", task, "--data-dir", folder, "--out", folder / task]
+        patch.setattr(mirl, "make_shapes", lambda count, seed: make_shapes(33, seed))
+        for task in FLAGS:
+            flags = [*TRAIN, *FLAGS[task], "--data-dir", folder, "--out", folder / task]
             assert conftest.run(train_finetune, *flags) == 0
     return folder
 
 
-def same_files(a, b, *names):
-    for name in names:
-        x, y = (mirl.load_file(run / name)["model"] for run in (a, b))
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
-
-
-@both
+@each
 def test_a_run_is_scored_saved_and_evaluated(folder, task, capsys):
-    out = folder / task
+    out, names, best = folder / task, SCORES[task], BEST[task]
     epochs = metrics(out, "epoch")
-    names = [f"{k}_{ap}" for k in ("box", "mask") for ap in ("ap", "ap50", "ap75")]
-    names = names if task == "detect" else ["miou", "macc", "aacc"]
-    best = dict(segment="miou", detect="mask_ap")[task]
     data = ["--task", task, "--data-dir", folder]
     for file, of in (("raw-last.pt", "raw"), ("ema-last.pt", "ema"), ("checkpoint.pt", "raw")):
         capsys.readouterr()
@@ -59,11 +75,14 @@ def test_a_run_is_scored_saved_and_evaluated(folder, task, capsys):
         scores = last_line(capsys)
         assert [*scores] == names
         assert scores == pytest.approx({k: epochs[1][f"{of}_{k}"] for k in names})
+    classes = dict(segment=["background", *mirl.SHAPES], detect=[*mirl.SHAPES])
     for name in ("raw", "ema"):
-        kept = mirl.load_file(out / f"{name}-best.pt")
         found = [e[f"{name}_{best}"] for e in epochs]
+        last, kept = (mirl.load_file(out / f"{name}-{which}.pt") for which in ("last", "best"))
+        assert last[best] == found[-1] and last["epoch"] == 2
         assert kept[best] == max(found) and kept["epoch"] == 1 + found.index(max(found))
-        assert kept["task"] == task and kept["classes"][-1] == list(mirl.SHAPES)[-1]
+        assert kept["task"] == task
+        assert kept["classes"] == classes.get(task, make_shapes(33, 0).classes)
     raw, ema = (mirl.load_file(out / f"{name}-last.pt")["model"] for name in ("raw", "ema"))
     statistics = [k for k in raw if "running" in k]
     assert (len(statistics) > 0) == (task == "segment")
@@ -99,28 +118,18 @@ def test_detection_logs_the_terms_of_its_loss(folder):
         assert len(terms) == 5 and record["loss"] == pytest.approx(sum(terms), rel=1e-5)
 
 
-@both
-def test_resume_is_exact(folder, task, tmp_path, monkeypatch):
-    original = mirl.Loader.epoch
-
-    def stopped(self, epoch, batches):
-        for i, batch in enumerate(original(self, epoch, batches)):
-            if (epoch, i) == (1, 1):
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    flags = [*TRAIN, "--task", task, "--data-dir", folder, "--out", tmp_path / "run"]
-    monkeypatch.setattr(mirl.Loader, "epoch", stopped)
-    assert finetune(*flags) == 128 + signal.SIGTERM
-    monkeypatch.setattr(mirl.Loader, "epoch", original)
+@each
+def test_resume_is_exact(folder, task, tmp_path, capsys):
+    flags = [*TRAIN, *FLAGS[task], "--data-dir", folder, "--out", tmp_path / "run"]
+    with at_batch(mirl.Loader, 1, 1, terminate):
+        assert finetune(*flags) == 128 + signal.SIGTERM
     for _ in range(2):  # once more, and there is nothing left to do
         assert finetune(*flags, "--resume") == 0
-    times = {"seconds", "images_per_second", "input_wait", "peak_memory_gib"}
-    for kind in ("step", "epoch"):
-        runs = metrics(folder / task, kind), metrics(tmp_path / "run", kind)
-        for a, b in zip(*runs, strict=True):
-            assert a.keys() == b.keys() and all(a[k] == b[k] for k in a.keys() - times)
-    same_files(folder / task, tmp_path / "run", "raw-last.pt", "ema-last.pt", "ema-best.pt")
+    files = ["raw-last.pt", "ema-last.pt", "ema-best.pt"]
+    assert_same_run(folder / task, tmp_path / "run", *files)
+    epochs = metrics(folder / task, "epoch")
+    best = max(e[f"{name}_{BEST[task]}"] for e in epochs for name in ("raw", "ema"))
+    assert f"{BEST[task]} {best:.2f} %" in capsys.readouterr().out.splitlines()[-1]
 
 
 WORKER = """
@@ -141,19 +150,15 @@ with mirl.processes("cpu") as device:  # torch cannot join a group twice
 def test_two_processes_have_the_measures_of_one(folder, tmp_path, capsys):
     """Of 7 images, which two processes cannot share evenly."""
     (tmp_path / "worker.py").write_text(WORKER)
-    data = {task: [*USUAL, "--task", task, "--data-dir", folder] for task in TASKS}
-    few = ["--epochs", 1, "--device-batch-size", 2]
-    lines = [[*TRAIN, *flags, *few, "--out", tmp_path / task] for task, flags in data.items()]
-    command = [*TORCHRUN, tmp_path / "worker.py", *(" ".join(map(str, x)) for x in lines)]
-    environment = with_tests_on_path()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    for task, flags in data.items():
+    few = ["--data-dir", folder, "--epochs", 1, "--device-batch-size", 2]
+    lines = [[*TRAIN, *FLAGS[task], *few, "--out", tmp_path / task] for task in TASKS]
+    launch(*TORCHRUN, tmp_path / "worker.py", *(" ".join(map(str, line)) for line in lines))
+    for task in TASKS:
         [epoch] = metrics(tmp_path / task, "epoch")
         assert epoch["step"] == 3
         for name in ("raw", "ema"):
             path = tmp_path / task / f"{name}-last.pt"
-            assert finetune("--eval", *flags, "--from", path) == 0
+            assert finetune("--eval", "--task", task, "--data-dir", folder, "--from", path) == 0
             scores = last_line(capsys)
             assert scores == pytest.approx({k: epoch[f"{name}_{k}"] for k in scores}, rel=1e-4)
 
@@ -182,7 +187,7 @@ def test_a_picture_of_what_is_seen(folder, task, tmp_path, capsys):
 
 def test_detection_without_pycocotools(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    out, data = tmp_path / "run", ["--task", "detect", "--data-dir", folder]
+    out, data = tmp_path / "run", [*FLAGS["detect"], "--data-dir", folder]
     assert finetune(*TRAIN, *data, "--epochs", 1, "--out", out) == 0
     printed = capsys.readouterr().out
     assert printed.count("the losses are all that is measured: AP needs pip install -e") == 1
@@ -200,12 +205,10 @@ def test_detection_without_pycocotools(folder, tmp_path, monkeypatch, capsys):
     assert finetune(*TRAIN, *data, "--out", out, "--epochs", 1, "--resume") == 0
 
 
-def test_a_model_is_used_for_its_own_task(folder, tmp_path, capsys):
-    vit = mirl.build_vit("vit_nano", num_classes=2)
-    mirl.save_model(tmp_path / "a.pt", vit, classes=["a", "b"])
+def test_a_model_is_used_for_its_own_task(folder, capsys):
     data = ["--data-dir", folder, "--eval", "--from"]
     for task, path, own in (
-        ("segment", tmp_path / "a.pt", "classify"),
+        ("segment", folder / "classify" / "raw-last.pt", "classify"),
         ("classify", folder / "segment" / "ema-last.pt", "segment"),
         ("segment", folder / "detect" / "raw-last.pt", "detect"),
     ):
@@ -252,7 +255,7 @@ def test_recipes(recipe, lr, epochs, schedule, warmup, steps):
 def test_an_epoch_of_the_recipes(tmp_path, recipe, make, capsys):
     """On a few files in their layouts, with patches of 16 pixels."""
     task = dict(ade20k="segment", coco="detect")[recipe]
-    flags = [*TRAIN, "--recipe", recipe, "--task", task, "--data", make(tmp_path / "data")]
+    flags = [*TRAIN, "--recipe", recipe, *FLAGS[task], "--data", make(tmp_path / "data")]
     flags += ["--model", "vit_nano", "--patch-size", 16, "--image-size", 96, "--batch-size", 2]
     flags += ["--drop-path", 0.1, "--epochs", 1, "--out", tmp_path / "run"]
     assert finetune(*flags) == 0
@@ -267,7 +270,7 @@ def test_an_epoch_of_the_recipes(tmp_path, recipe, make, capsys):
 
 
 def test_batch_norm_of_one_image_is_refused_before_anything_is_written(folder, tmp_path, capsys):
-    flags = [*TRAIN, "--task", "segment", "--data-dir", folder, "--out", tmp_path / "run"]
+    flags = [*TRAIN, *FLAGS["segment"], "--data-dir", folder, "--out", tmp_path / "run"]
     assert conftest.run(train_finetune, *flags, "--device-batch-size", 1) == 2
     assert "batch norm needs at least 2 images on a device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

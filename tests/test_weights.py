@@ -15,7 +15,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import make_shapes, stored, write_images
+from conftest import image_folder, make_shapes, stored, write_images
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
@@ -278,16 +278,14 @@ def test_our_checkpoints_become_models_again(tmp_path):
 
 def test_evaluating_and_predicting_with_the_sample(tmp_path, sample, capsys):
     """The same model as a file of ours, which knows its classes, is the reference."""
-    for i in range(10):
-        for split in ("train", "val"):
-            write_images(tmp_path / "data" / split / f"class {i}", 2, i)
-    data = ["--data", tmp_path / "data"]
+    classes = [f"class {i}" for i in range(10)]
+    folder = image_folder(tmp_path / "data", classes, 2)
     model = train_finetune.classifier(mirl.load_file(sample)["model"], "sample", sample)
-    mirl.save_model(tmp_path / "ours.pt", model, classes=[f"class {i}" for i in range(10)])
-    image = tmp_path / "data" / "val" / "class 3" / "001.png"
+    mirl.save_model(tmp_path / "ours.pt", model, classes=classes)
+    image = folder / "val" / "class 3" / "001.png"
     printed = []
     for path in (sample, tmp_path / "ours.pt"):
-        assert finetune("--eval", "--from", path, "--model", "sample", *data) == 0
+        assert finetune("--eval", "--from", path, "--model", "sample", "--data", folder) == 0
         assert finetune("--predict", image, "--from", path, "--model", "sample") == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and printed[0].count("%  class ") == 5
@@ -312,20 +310,18 @@ def test_classifiers_of_timm_and_mae(tmp_path, capsys, pool):
 
 
 def test_classifiers_that_are_refused(tmp_path, sample, capsys):
-    for split in ("train", "val"):
-        write_images(tmp_path / "data" / split / "cat")
+    folder = image_folder(tmp_path / "data", ["cat"])
     state = mirl.build_vit("vit_nano").state_dict()
     gated = stored(tmp_path / "gated.pth", state | {"blocks.0.ls1.gamma": torch.ones(96)})
     headless = authors_file(tmp_path / "a.pd", mirl.build_mirl("vit_nano"))
     for path, model, message in (
         (sample, "vit_nano", "has 6 blocks of width 32, and --model vit_nano has 6 of 96"),
         (sample, "vit_x", "there is no model 'vit_x'"),
-        (sample, "sample", f"knows 10 classes, and --data {tmp_path / 'data'} has 1"),
+        (sample, "sample", f"knows 10 classes, and --data {folder} has 1"),
         (headless, "vit_nano", "is no fine-tuned model: it has no head"),
         (gated, "vit_nano", "is no plain ViT: 1 unexpected: block 0"),
     ):
-        flags = ["--from", path, "--model", model, "--data", tmp_path / "data"]
-        assert finetune("--eval", *flags) == 2
+        assert finetune("--eval", "--from", path, "--model", model, "--data", folder) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
 
