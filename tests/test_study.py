@@ -78,6 +78,24 @@ def test_table_and_figure_of_known_results(tmp_path):
     assert (tmp_path / "depth.png").stat().st_size > 5000
 
 
+def test_the_longer_study_shows_what_residuals_carry(tmp_path, monkeypatch):
+    figures = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda self, path, **_: figures.append(self))
+    shares = [[0.25, 0.5, 0.125], [0.75, 0.5, 0.0]]  # by epoch, of pairs 1, 2, 3
+    (tmp_path / "mirl-48-seed1" / "pretrain").mkdir(parents=True)
+    with open(tmp_path / "mirl-48-seed1" / "pretrain" / "metrics.jsonl", "w") as file:
+        for kind, epoch in (("step", 0), ("epoch", 0), ("step", 1), ("epoch", 1)):
+            of = {f"residual_share_{g}": x for g, x in enumerate(shares[epoch], start=1)}
+            print(json.dumps(dict(kind=kind, **of)), file=file)
+    table = {("mirl", 48, False): dict(blocks=[list(range(48))])}
+    study.draw_long(table, tmp_path / "depth.png")
+    by_block, by_epoch = figures[0].axes
+    assert [*by_block.lines[0].get_ydata()] == list(range(48))
+    drawn = [[*line.get_ydata()] for line in by_epoch.lines if len(line.get_ydata())]
+    assert drawn == [[25, 75], [50, 50], [12.5, 0]]
+
+
 def test_a_cell_from_end_to_end(tmp_path, monkeypatch):
     few = "--epochs 1 --warmup-epochs 0 --batch-size 8 --workers 0"
     tiny = dict(models={12: "vit_nano"}, pretrain=few, finetune=few, probe="--workers 0")

@@ -188,14 +188,44 @@ def draw(table: dict, path: Path) -> None:
         axes.minorticks_off()
         axes.set(title=MEASURES[measure][0], xlabel="blocks")
     for depth, axes in zip(DEPTHS, by_block, strict=True):
-        for method, (_, colour) in METHODS.items():
-            for seen in table.get((method, depth, False), {}).get("blocks", []):
-                axes.plot(range(1, depth + 1), seen, color=colour, linewidth=1)
-        axes.set(title=f"{depth} blocks, every seed", xlabel="after block", xlim=(1, depth))
+        draw_blocks(table, depth, axes)
     panels[0].set_ylabel("top-1, %")
     by_block[0].set_ylabel("nearest neighbours, top-1, %")
     panels[0].plot([], [], "x", color="0.3", label=f"last {TRUNCATED} blocks not pre-trained")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=110)
+
+
+def draw_blocks(table: dict, depth: int, axes) -> None:
+    """Accuracy after every block; a line is a seed."""
+    for method, (_, colour) in METHODS.items():
+        for seen in table.get((method, depth, False), {}).get("blocks", []):
+            axes.plot(range(1, depth + 1), seen, color=colour, linewidth=1)
+    axes.set(title=f"{depth} blocks, every seed", xlabel="after block", xlim=(1, depth))
+
+
+def draw_long(table: dict, path: Path) -> None:
+    """Features after every block, and the residual's share of each pair's prediction by epoch, from
+    the metrics beside the picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    by_block, shares = figure.subplots(1, 2)
+    draw_blocks(table, 48, by_block)
+    by_block.set_ylabel("nearest neighbours, top-1, %")
+    for method in SIZES["long"]["methods"]:
+        label, colour = METHODS[method]
+        by_block.plot([], [], color=colour, label=label)
+        for file in path.parent.glob(f"{method}-48-seed*/pretrain/metrics.jsonl"):
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            epochs = [line for line in lines if line["kind"] == "epoch"]
+            for pair, style in ((1, "-"), (2, "--"), (3, ":")):
+                share = [100 * e[key] for e in epochs if (key := f"residual_share_{pair}") in e]
+                shares.plot(range(1, len(share) + 1), share, style, color=colour, linewidth=1)
+    for pair, style in ((1, "-"), (2, "--"), (3, ":")):
+        by_block.plot([], [], style, color="0.3", label=f"pair {pair}")
+    shares.set(title="what the residual carries of a pair, %", xlabel="epoch")
+    figure.legend(loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=110)
 
 
@@ -260,6 +290,8 @@ def main() -> None:
                 pool.shutdown(cancel_futures=True)
     table = summary(results)
     print(markdown(table))
+    if args.size == "long":
+        return draw_long(table, args.out / "depth.png")
     draw(table, args.out / "depth.png")
     draw_lesson(table, args.out / "lesson.png")
 
