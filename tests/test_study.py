@@ -82,18 +82,13 @@ def test_the_longer_study_shows_what_residuals_carry(tmp_path, monkeypatch):
     figures = []
     figure = pytest.importorskip("matplotlib.figure").Figure
     monkeypatch.setattr(figure, "savefig", lambda self, path, **_: figures.append(self))
-    shares = [[0.25, 0.5, 0.125], [0.75, 0.5, 0.0]]  # by epoch, of pairs 1, 2, 3
-    (tmp_path / "mirl-48-seed1" / "pretrain").mkdir(parents=True)
-    with open(tmp_path / "mirl-48-seed1" / "pretrain" / "metrics.jsonl", "w") as file:
-        for kind, epoch in (("step", 0), ("epoch", 0), ("step", 1), ("epoch", 1)):
-            of = {f"residual_share_{g}": x for g, x in enumerate(shares[epoch], start=1)}
-            print(json.dumps(dict(kind=kind, **of)), file=file)
-    table = {("mirl", 48, False): dict(blocks=[list(range(48))])}
-    study.draw_long(table, tmp_path / "depth.png")
+    shares = [[0.25, 0.75], [0.5, 0.5], [0.125, 0.0]]  # of pairs 1, 2, 3, by epoch
+    common = dict(depth=48, truncated=False, blocks=list(range(48)))
+    lines = [dict(common, method="mae", shares=[]), dict(common, method="mirl", shares=shares)]
+    study.draw_long(study.summary(lines), tmp_path / "depth.png")
     by_block, by_epoch = figures[0].axes
-    assert [*by_block.lines[0].get_ydata()] == list(range(48))
-    drawn = [[*line.get_ydata()] for line in by_epoch.lines if len(line.get_ydata())]
-    assert drawn == [[25, 75], [50, 50], [12.5, 0]]
+    assert [[*line.get_ydata()] for line in by_block.lines[:2]] == 2 * [list(range(48))]
+    assert [[*line.get_ydata()] for line in by_epoch.lines] == shares
 
 
 def test_a_cell_from_end_to_end(tmp_path, monkeypatch):
@@ -106,6 +101,9 @@ def test_a_cell_from_end_to_end(tmp_path, monkeypatch):
     assert len(result["blocks"]) == 6 and result["blocks"][-1] == result["knn"]
     assert 0 < result["loss"] < 10 and 0 <= result["top1"] <= 100 and 0 <= result["linear"] <= 100
     assert sum(key.endswith("_seconds") for key in result) == 4
+    metrics = (tmp_path / "out" / "mirl-12-seed7" / "pretrain" / "metrics.jsonl").read_text()
+    (epoch,) = (e for e in map(json.loads, metrics.splitlines()) if e["kind"] == "epoch")
+    assert list(map(list, result["shares"])) == [[epoch["residual_share_1"]]]  # one pair
 
 
 FAILURES = {"--draw": "there is no", "--data missing --jobs 2 --device cpu": "no such folder"}

@@ -137,8 +137,14 @@ def run_cell(cell: Cell, args: argparse.Namespace, threads: int) -> dict:
             result[name] = json.loads(done.stdout.splitlines()[-1])["top1"]
         else:
             metrics = (args.out / str(cell) / name / "metrics.jsonl").read_text()
-            last = json.loads(metrics.splitlines()[-1])
-            result |= {"loss": last["loss"]} if name == "pretrain" else {"top1": last["raw_top1"]}
+            lines = map(json.loads, metrics.splitlines())
+            epochs = [line for line in lines if line["kind"] == "epoch"]
+            if name == "finetune":
+                result["top1"] = epochs[-1]["raw_top1"]
+                continue
+            result["loss"] = epochs[-1]["loss"]
+            carried = [[v for k, v in e.items() if k.startswith("residual_share_")] for e in epochs]
+            result["shares"] = list(zip(*carried, strict=True))  # of each pair, by epoch
     return result if cell.truncated else result | {"knn": result["blocks"][-1]}
 
 
@@ -147,7 +153,7 @@ def summary(results: list[dict]) -> dict[tuple, dict[str, list]]:
     table = {}
     for line in results:
         row = table.setdefault((line["method"], line["depth"], line["truncated"]), {})
-        for measure in (*MEASURES, "blocks"):
+        for measure in (*MEASURES, "blocks", "shares"):
             if measure in line:
                 row.setdefault(measure, []).append(line[measure])
     return table
@@ -205,26 +211,23 @@ def draw_blocks(table: dict, depth: int, axes) -> None:
 
 
 def draw_long(table: dict, path: Path) -> None:
-    """Features after every block, and the residual's share of each pair's prediction by epoch, from
-    the metrics beside the picture."""
+    """Features after every block, and what residuals carry of each pair's prediction, by epoch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    by_block, shares = figure.subplots(1, 2)
+    by_block, by_epoch = figure.subplots(1, 2)
     draw_blocks(table, 48, by_block)
     by_block.set_ylabel("nearest neighbours, top-1, %")
+    styles = ("-", "--", ":")  # of pairs 1, 2, 3
     for method in SIZES["long"]["methods"]:
         label, colour = METHODS[method]
         by_block.plot([], [], color=colour, label=label)
-        for file in path.parent.glob(f"{method}-48-seed*/pretrain/metrics.jsonl"):
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            epochs = [line for line in lines if line["kind"] == "epoch"]
-            for pair, style in ((1, "-"), (2, "--"), (3, ":")):
-                share = [100 * e[key] for e in epochs if (key := f"residual_share_{pair}") in e]
-                shares.plot(range(1, len(share) + 1), share, style, color=colour, linewidth=1)
-    for pair, style in ((1, "-"), (2, "--"), (3, ":")):
+        for shares in table.get((method, 48, False), {}).get("shares", []):
+            for style, share in zip(styles, shares, strict=False):  # MAE has no pairs
+                by_epoch.plot(range(1, len(share) + 1), share, style, color=colour, linewidth=1)
+    for pair, style in enumerate(styles, start=1):
         by_block.plot([], [], style, color="0.3", label=f"pair {pair}")
-    shares.set(title="what the residual carries of a pair, %", xlabel="epoch")
+    by_epoch.set(title="the residual's share of a pair's prediction", xlabel="after epoch")
     figure.legend(loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=110)
 
