@@ -1228,14 +1228,14 @@ def segmentation_scores(matrix: Tensor) -> dict[str, float]:
     return {name: 100 * score.item() for name, score in scores.items()}
 
 
-def whole(model: Callable, images: Tensor, multiple: int = 32) -> Tensor:
+def whole(model: Callable, images: Tensor) -> Tensor:
     """Logits (B, classes, H, W) of images (B, 3, H, W), padded with zeros, ImageNet's mean, to
-    sides that the model can cut into patches."""
+    sides that `Pyramid` takes, multiples of 32."""
     h, w = images.shape[2:]
-    return model(F.pad(images, (0, -w % multiple, 0, -h % multiple)))[:, :, :h, :w]
+    return model(F.pad(images, (0, -w % 32, 0, -h % 32)))[:, :, :h, :w]
 
 
-def slide(model: Callable, images: Tensor, size: int, stride: int, multiple: int = 32) -> Tensor:
+def slide(model: Callable, images: Tensor, size: int, stride: int) -> Tensor:
     """Logits (B, classes, H, W): the mean over windows of `size` that cover images (B, 3, H, W).
 
     The last window of a row or column ends at the edge, as in mmsegmentation.
@@ -1251,7 +1251,7 @@ def slide(model: Callable, images: Tensor, size: int, stride: int, multiple: int
         for left in starts(w):
             window = images[:, :, top : top + size, left : left + size]
             y, x = window.shape[2:]
-            logits = whole(model, window, multiple).float()
+            logits = whole(model, window).float()
             total = total + F.pad(logits, (left, w - left - x, top, h - top - y))
             windows[top : top + y, left : left + x] += 1
     return total / windows

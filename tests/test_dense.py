@@ -483,19 +483,19 @@ def local(images):
 
 
 def test_an_image_of_one_window_is_seen_whole():
-    images = torch.randn(2, 3, 16, 16, generator=generator())
-    torch.testing.assert_close(tune.slide(local, images, 16, 8, 4), local(images))
-    smaller = images[:, :, :10, :13]
-    padded = local(F.pad(smaller, (0, 3, 0, 2)))[:, :, :10, :13]
-    torch.testing.assert_close(tune.slide(local, smaller, 16, 8, 4), padded)
-    torch.testing.assert_close(tune.whole(local, smaller, 4), padded)
+    images = torch.randn(2, 3, 32, 32, generator=generator())
+    torch.testing.assert_close(tune.slide(local, images, 32, 16), local(images))
+    smaller = images[:, :, :21, :27]
+    padded = local(F.pad(smaller, (0, 5, 0, 11)))[:, :, :21, :27]
+    torch.testing.assert_close(tune.slide(local, smaller, 32, 16), padded)
+    torch.testing.assert_close(tune.whole(local, smaller), padded)
 
 
 @pytest.mark.parametrize(
-    ("h", "w", "stride"), [(16, 40, 11), (21, 37, 11), (33, 16, 8), (48, 32, 16)]
+    ("h", "w", "stride"), [(32, 80, 21), (41, 71, 21), (65, 32, 16), (96, 64, 32)]
 )
 def test_windows_by_loops(h, w, stride):
-    images, size = torch.randn(2, 3, h, w, generator=generator()), 16
+    images, size = torch.randn(2, 3, h, w, generator=generator()), 32
 
     def windows(length):
         count = math.ceil(max(length - size, 0) / stride) + 1
@@ -508,7 +508,7 @@ def test_windows_by_loops(h, w, stride):
             sums[:, :, rows, columns] += local(images[:, :, rows, columns])
             counts[rows, columns] += 1
     assert counts.min() == 1 and windows(h)[-1] + size == h
-    torch.testing.assert_close(tune.slide(local, images, size, stride, 4), sums / counts)
+    torch.testing.assert_close(tune.slide(local, images, size, stride), sums / counts)
 
 
 def bright(images):
