@@ -219,15 +219,15 @@ def draw_long(table: dict, path: Path) -> None:
     draw_blocks(table, 48, by_block)
     by_block.set_ylabel("nearest neighbours, top-1, %")
     styles = ("-", "--", ":")  # of pairs 1, 2, 3
-    for method in SIZES["long"]["methods"]:
-        label, colour = METHODS[method]
-        by_block.plot([], [], color=colour, label=label)
-        for shares in table.get((method, 48, False), {}).get("shares", []):
+    for method, (label, colour) in METHODS.items():
+        row = table.get((method, 48, False))
+        by_block.plot([], [], color=colour, label=label if row else None)
+        for shares in row.get("shares", []) if row else []:
             for style, share in zip(styles, shares, strict=False):  # MAE has no pairs
                 by_epoch.plot(range(1, len(share) + 1), share, style, color=colour, linewidth=1)
     for pair, style in enumerate(styles, start=1):
         by_block.plot([], [], style, color="0.3", label=f"pair {pair}")
-    by_epoch.set(title="the residual's share of a pair's prediction", xlabel="after epoch")
+    by_epoch.set(title="the residual's share of a pair's prediction", xlabel="epoch")
     figure.legend(loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=110)
 
