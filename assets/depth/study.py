@@ -139,12 +139,12 @@ def run_cell(cell: Cell, args: argparse.Namespace, threads: int) -> dict:
             metrics = (args.out / str(cell) / name / "metrics.jsonl").read_text()
             lines = map(json.loads, metrics.splitlines())
             epochs = [line for line in lines if line["kind"] == "epoch"]
-            if name == "finetune":
+            if name == "pretrain":
+                pairs = [key for key in epochs[-1] if key.startswith("residual_share_")]
+                result["loss"] = epochs[-1]["loss"]
+                result["shares"] = [[epoch[pair] for epoch in epochs] for pair in pairs]
+            else:
                 result["top1"] = epochs[-1]["raw_top1"]
-                continue
-            result["loss"] = epochs[-1]["loss"]
-            carried = [[v for k, v in e.items() if k.startswith("residual_share_")] for e in epochs]
-            result["shares"] = list(zip(*carried, strict=True))  # of each pair, by epoch
     return result if cell.truncated else result | {"knn": result["blocks"][-1]}
 
 
@@ -220,9 +220,9 @@ def draw_long(table: dict, path: Path) -> None:
     by_block.set_ylabel("nearest neighbours, top-1, %")
     styles = ("-", "--", ":")  # of pairs 1, 2, 3
     for method, (label, colour) in METHODS.items():
-        row = table.get((method, 48, False))
+        row = table.get((method, 48, False), {})
         by_block.plot([], [], color=colour, label=label if row else None)
-        for shares in row.get("shares", []) if row else []:
+        for shares in row.get("shares", []):
             for style, share in zip(styles, shares, strict=False):  # MAE has no pairs
                 by_epoch.plot(range(1, len(share) + 1), share, style, color=colour, linewidth=1)
     for pair, style in enumerate(styles, start=1):
