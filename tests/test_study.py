@@ -61,12 +61,12 @@ def test_every_cell_is_what_it_is_called(size):
 
 
 def test_table_and_figure_of_known_results(tmp_path):
-    common = dict(depth=24, truncated=False)
+    common = dict(depth=24, truncated=False, seed=0)
     lines = [
         dict(common, method="mae", loss=0.5, top1=50.0, linear=40.0, knn=30.0),
         dict(common, method="mae", loss=0.7, top1=53.0, linear=44.0, knn=30.0, blocks=[30.0] * 24),
         dict(common, method="scratch", top1=41.26, linear=20.0, knn=10.0),
-        dict(depth=24, truncated=True, method="mirl", loss=0.6, top1=51.0),
+        dict(common, truncated=True, method="mirl", loss=0.6, top1=51.0),
     ]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run("--out", tmp_path, "--draw").stdout.splitlines()[2:] == [
@@ -83,12 +83,16 @@ def test_the_longer_study_shows_what_residuals_carry(tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure").Figure
     monkeypatch.setattr(figure, "savefig", lambda self, path, **_: figures.append(self))
     shares = [[0.25, 0.75], [0.5, 0.5], [0.125, 0.0]]  # of pairs 1, 2, 3, by epoch
-    common = dict(depth=48, truncated=False, blocks=list(range(48)))
-    lines = [dict(common, method="mae", shares=[]), dict(common, method="mirl", shares=shares)]
+    common = dict(method="mirl", depth=48, truncated=False)
+    lines = [  # as they may end: the second seed before the first
+        dict(common, seed=1, shares=shares[::-1], blocks=[1] * 48),
+        dict(common, seed=0, shares=shares, blocks=list(range(48))),
+        dict(common, seed=0, method="mae", blocks=[2] * 48),
+    ]
     study.draw_long(study.summary(lines), tmp_path / "depth.png")
-    by_block, by_epoch = figures[0].axes
-    assert [[*line.get_ydata()] for line in by_block.lines[:2]] == 2 * [list(range(48))]
-    assert [[*line.get_ydata()] for line in by_epoch.lines] == shares
+    drawn = [[(x.get_linestyle(), [*x.get_ydata()]) for x in a.lines] for a in figures[0].axes]
+    assert drawn[0][:3] == [("-", [2] * 48), ("-", list(range(48))), ("--", [1] * 48)]
+    assert drawn[1:] == [[("-", a), ("--", b)] for a, b in zip(shares, shares[::-1])]
 
 
 def test_a_cell_from_end_to_end(tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ METHODS = {  # with their colours in the figure
     "mirl": ("MIRL", "C0"),
     "sparse": ("MIRL without dense connections", "C2"),
 }
+SEEDS = ("-", "--", ":", "-.")  # the lines of the first seed, the second, …
 MEASURES = {  # with their digits in the table
     "loss": ("loss", 3),
     "top1": ("fine-tuned", 1),
@@ -151,7 +152,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, threads: int) -> dict:
 def summary(results: list[dict]) -> dict[tuple, dict[str, list]]:
     """(method, depth, truncated) -> measure -> its values, one a seed."""
     table = {}
-    for line in results:
+    for line in sorted(results, key=lambda line: line["seed"]):
         row = table.setdefault((line["method"], line["depth"], line["truncated"]), {})
         for measure in (*MEASURES, "blocks", "shares"):
             if measure in line:
@@ -203,10 +204,11 @@ def draw(table: dict, path: Path) -> None:
 
 
 def draw_blocks(table: dict, depth: int, axes) -> None:
-    """Accuracy after every block; a line is a seed."""
+    """Accuracy after every block."""
     for method, (_, colour) in METHODS.items():
-        for seen in table.get((method, depth, False), {}).get("blocks", []):
-            axes.plot(range(1, depth + 1), seen, color=colour, linewidth=1)
+        curves = table.get((method, depth, False), {}).get("blocks", [])
+        for style, seen in zip(itertools.cycle(SEEDS), curves):
+            axes.plot(range(1, depth + 1), seen, style, color=colour, linewidth=1)
     axes.set(title=f"{depth} blocks, every seed", xlabel="after block", xlim=(1, depth))
 
 
@@ -214,21 +216,23 @@ def draw_long(table: dict, path: Path) -> None:
     """Features after every block, and what residuals carry of each pair's prediction, by epoch."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    by_block, by_epoch = figure.subplots(1, 2)
-    draw_blocks(table, 48, by_block)
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
+    by_block, by_pair = left.subplots(), right.subplots(1, 3, sharey=True)
+    (depth,) = {depth for _, depth, _ in table}
+    draw_blocks(table, depth, by_block)
     by_block.set_ylabel("nearest neighbours, top-1, %")
-    styles = ("-", "--", ":")  # of pairs 1, 2, 3
     for method, (label, colour) in METHODS.items():
-        row = table.get((method, 48, False), {})
-        by_block.plot([], [], color=colour, label=label if row else None)
-        for shares in row.get("shares", []):
-            for style, share in zip(styles, shares, strict=False):  # MAE has no pairs
-                by_epoch.plot(range(1, len(share) + 1), share, style, color=colour, linewidth=1)
-    for pair, style in enumerate(styles, start=1):
-        by_block.plot([], [], style, color="0.3", label=f"pair {pair}")
-    by_epoch.set(title="the residual's share of a pair's prediction", xlabel="epoch")
-    figure.legend(loc="outside lower center", ncols=6)
+        if row := table.get((method, depth, False)):
+            by_block.plot([], [], color=colour, label=label)
+            for style, shares in zip(itertools.cycle(SEEDS), row.get("shares", [])):
+                for axes, share in zip(by_pair, shares, strict=False):  # MAE has no pairs
+                    axes.plot(range(1, len(share) + 1), share, style, color=colour, linewidth=1)
+    for pair, axes in enumerate(by_pair, start=1):
+        axes.set(title=f"pair {pair}", xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    by_pair[0].set_ylabel("the residual's share of the prediction")
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
