@@ -607,8 +607,8 @@ class Objectives:
 class ExtendedMIRL(MIRL):
     """MIRL, or MAE, with further objectives; `encoder` and `decoders` are the same.
 
-    vgg: `vgg_extractor(…)`, on the model's device; it is no part of the state dict. Call
-    `update_momentum` after every step where there is a feature-level loss.
+    vgg: `vgg_extractor(…)`, on the model's device; it is no part of the state dict. With a
+    feature-level loss `move_average` moves `momentum_encoder` after every step.
     """
 
     def __init__(self, config: Config, objectives: Objectives, vgg: nn.Module | None = None):
@@ -647,10 +647,6 @@ class ExtendedMIRL(MIRL):
             terms["vgg"] = (weights.vgg, vgg_loss(self.vgg[0], images, mixed))
         loss = out.loss + sum(weight * term for weight, term in terms.values())
         return out._replace(loss=loss, terms={k: term.detach() for k, (_, term) in terms.items()})
-
-    def update_momentum(self, momentum: float) -> None:
-        """momentum encoder <- momentum · itself + (1 − momentum) · encoder."""
-        move_average(self.momentum_encoder, self.encoder, momentum)
 
 
 @torch.no_grad()
@@ -1608,12 +1604,10 @@ class Run:
         self.classes = data.classes
         self.total_steps = args.epochs * split.steps
         warmup = round(args.warmup_epochs * split.steps)
-
-        def factor(step: int) -> float:
-            return lr_factor(step, self.total_steps, warmup, args.schedule)
-
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, self.total_steps, warmup, args.schedule)
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         # what a checkpoint holds the state of, and what must be the same on a resume
         self.parts = dict(model=model, optimizer=self.optimizer, scheduler=self.scheduler)
@@ -1741,9 +1735,7 @@ class Run:
         vectors = diagnose() if logging else {}
         if self.args.clip_grad or logging:
             parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])
-            if self.args.clip_grad:
-                nn.utils.clip_grads_with_norm_(parameters, self.args.clip_grad, norm)
+            norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
         lr = max(self.scheduler.get_last_lr())
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -1866,11 +1858,6 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     return DDP(model, ids, gradient_as_bucket_view=True, **{name: False})
 
 
-def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch norm over the images of all processes, where torch has it."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if syncs_batch_norm(device) else model
-
-
 def syncs_batch_norm(device: torch.device) -> bool:
     """Whether batch norm sees the images of several processes: torch has it for CUDA alone."""
     return WORLD_SIZE > 1 and device.type == "cuda"
@@ -1944,7 +1931,7 @@ def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """torch's autocast to `dtype`; for float32, one that does nothing."""
+    """torch's autocast to `dtype`; float32 turns it off, one around it too."""
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else None, enabled=half)
 
@@ -1975,16 +1962,6 @@ def check_compile(device: torch.device) -> None:
         any(shutil.which(name) for name in compilers if name),
         "--compile needs a C++ compiler (g++ or clang++), and none is here",
     )
-
-
-def pick_workers(flag: int | None) -> int:
-    """Worker processes for reading files: this process's share of the cores, at most 16."""
-    if flag is not None:
-        return flag
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2160,13 +2137,11 @@ def load_encoder(vit: ViT, path: str, truncated: bool = False) -> list[str]:
 
     fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     missing, unused = ([k for k in names if k not in fitting] for names in (own, weights))
-    ends = ("norm.", "fc_norm.", "head.")  # as the classes and the pooling want them
-    late = ()
+    free = ("norm.", "fc_norm.", "head.")  # as the classes and the pooling want them
     if truncated:
-        late = tuple(
-            f"blocks.{k}." for k in range(count_below(weights, "blocks."), vit.config.depth)
-        )
-    found = misfits(weights, own, but=ends + late)
+        missed = range(count_below(weights, "blocks."), vit.config.depth)
+        free += tuple(f"blocks.{k}." for k in missed)
+    found = misfits(weights, own, but=free)
     require(not found, f"--from {path} does not fit the model: {found}")
     vit.load_state_dict(own | fitting)
     report = f"{len(fitting)} of {len(own)} tensors from {path}"
@@ -2372,7 +2347,7 @@ class TrainingFlags:
     workers: int | None = flag(
         None,
         "processes that read and augment images, 0 for none; default this one's share of the "
-        "cores. (Pre-training on a data set that fits in memory needs none.)",
+        "cores, at most 16. (Pre-training on a data set that fits in memory needs none.)",
         low=0,
     )
     seed: int = flag(0, "everything random follows from it, the epoch and the process", low=0)
@@ -2382,7 +2357,7 @@ class TrainingFlags:
     )
 
     def settle(self, out: str) -> None:
-        """Fill in what follows from other flags; out: the default of --out."""
+        """Fill in what follows from other flags and the machine; out: the default of --out."""
         require(
             self.warmup_epochs <= self.epochs,
             f"--warmup-epochs {self.warmup_epochs:g} is longer than the run of {self.epochs} "
@@ -2390,6 +2365,11 @@ class TrainingFlags:
         )
         self.lr = self.lr or self.base_lr * self.batch_size / 256
         self.out = self.out or out
+        if self.workers is None:
+            cores = os.cpu_count() or 1
+            if hasattr(os, "sched_getaffinity"):
+                cores = len(os.sched_getaffinity(0))
+            self.workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def parse_flags(cls, argv: list[str] | None, doc: str, recipes: dict[str, dict[str, Any]]):
@@ -2441,8 +2421,7 @@ def check_flag(flag: str, value: Any, low=-math.inf, above=-math.inf, high=math.
     """Raises UserError where a number is not within the limits, or a text is empty."""
     require(value != "", f"{flag} must not be empty")
     if isinstance(value, int | float):
-        finite = math.isfinite(value) and abs(value) < 2**63
-        require(finite, f"{flag} must be finite, not {value}")
+        require(abs(value) < 2**63, f"{flag} must be finite, not {value}")  # nor NaN
         require(value >= low, f"{flag} must be at least {low}, not {value}")
         require(value > above, f"{flag} must be greater than {above}, not {value}")
         require(value <= high, f"{flag} must be at most {high}, not {value}")

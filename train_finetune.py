@@ -47,6 +47,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import repeat
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision import tv_tensors
@@ -104,6 +105,8 @@ TABLE_2 = {
 
 # The layer decay of the other tasks [S A.2; BEiT's for segmentation]; 0.88 for deep models.
 LAYER_DECAY = {"segment": 0.65, "detect": 0.75}
+
+GREY = [round(255 * m) for m in mirl.IMAGENET_MEAN]  # where an image is moved away, or too small
 
 
 @dataclass
@@ -261,7 +264,6 @@ def main(argv: list[str] | None = None) -> None:
             mirl.check_out(args.out, args.resume)
         mirl.check_machine(args, device)
         torch.manual_seed(args.seed)  # the same initial weights in every process
-        args.workers = mirl.pick_workers(args.workers)
         task = TASKS[args.task](args, device)
         if args.predict:
             return predict(task)
@@ -275,7 +277,8 @@ def main(argv: list[str] | None = None) -> None:
         vit = new_vit(args, len(val.classes))
         config = vit.config
         model = task.model(vit, len(val.classes), args.head_width).to(device)
-        model = mirl.sync_batch_norm(model, device)
+        if mirl.syncs_batch_norm(device):
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         split = mirl.split_batch(
             len(train.images), args.batch_size, args.device_batch_size, device_limit(config)
         )
@@ -430,12 +433,10 @@ class Segmentation(Classification):
         return (size, size * 2 // 3) if self.args.slide else None
 
     def evaluate(self, models: list[nn.Module], loader: mirl.Loader) -> list[dict[str, float]]:
-        config = models[0].config
-        limit, window = device_limit(config), self.window(config)
-        return evaluate_segments(models, loader, self.dtype, limit, window)
+        return evaluate_segments(models, loader, self.dtype, self.window(models[0].config))
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
-        x = mirl.normalise_images(shorter_side(image, min(model.config.image_hw)))
+        x = mirl.normalise_images(self.transform(model.config, training=False)(image))
         x, size = x[None].to(self.device), image.shape[1:]
         with mirl.autocast(self.device, self.dtype):
             logits = segment(model, x, size, self.window(model.config))  # (1, classes, h, w)
@@ -474,7 +475,7 @@ class Detection(Segmentation):
     def evaluate(self, models: list[nn.Module], loader: mirl.Loader) -> list[dict[str, float]]:
         if not self.measured:
             return [{} for _ in models]
-        return evaluate_objects(models, loader, device_limit(models[0].config))
+        return evaluate_objects(models, loader)
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
         found = model([mirl.normalise_images(image.to(self.device))])[0]
@@ -494,11 +495,11 @@ TASKS = dict(classify=Classification, segment=Segmentation, detect=Detection)
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer that layer-wise lr decay counts a parameter to: 0 for the class token, positions
-    and patch embedding, k + 1 for block k, depth + 1 for the rest, also where the ViT is part of a
-    model. [S A.1]"""
+    """The layer that layer-wise lr decay counts a parameter to: 0 for the class token and patch
+    embedding, k + 1 for block k, depth + 1 for the rest, also where the ViT is part of a model.
+    [S A.1]"""
     name = name.rpartition("vit.")[2]
-    if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
+    if name.startswith(("cls_token", "patch_embed.")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
@@ -527,8 +528,7 @@ def move(image: Tensor, angle=0.0, right=0.0, down=0.0, shear_x=0.0, shear_y=0.0
     """Turn (degrees), shift (shares of the sides) or shear (tangents); the corners become grey."""
     shift = [int(right * image.shape[2]), int(down * image.shape[1])]
     shear = [math.degrees(math.atan(t)) for t in (shear_x, shear_y)]
-    grey = [round(255 * m) for m in mirl.IMAGENET_MEAN]
-    return TF.affine(image, angle, shift, 1.0, shear, InterpolationMode.BILINEAR, grey)
+    return TF.affine(image, angle, shift, 1.0, shear, InterpolationMode.BILINEAR, GREY)
 
 
 # What each operation of RandAug does to x, uint8 (3, H, W), at strength s in [0, 1]: more is
@@ -565,16 +565,12 @@ class RandAugment(nn.Module):
         super().__init__()
         self.magnitude = magnitude
 
-    def strength(self) -> float:
-        """A draw of the magnitude, as a share of 10."""
-        drawn = self.magnitude + 0.5 * torch.randn(()).item()
-        return min(max(drawn / 10, 0.0), 1.0)
-
     def forward(self, image: Tensor) -> Tensor:
         for _ in range(2):
             name = list(AUGMENTATIONS)[torch.randint(len(AUGMENTATIONS), ()).item()]
             if torch.rand(()) < 0.5:
-                image = AUGMENTATIONS[name](image, self.strength())
+                drawn = self.magnitude + 0.5 * torch.randn(()).item()
+                image = AUGMENTATIONS[name](image, min(max(drawn / 10, 0.0), 1.0))
         return image
 
 
@@ -649,11 +645,12 @@ def new_vit(args: Args, classes: int) -> mirl.ViT:
     if args.task != "classify":
         given["pool"] = "none"
     vit = mirl.build_vit(args.model, **given, num_classes=classes)
-    resuming = args.resume and (Path(args.out) / "checkpoint.pt").exists()
-    if args.from_ != "scratch" and not resuming:
-        mirl.load_encoder(vit, args.from_, args.truncated)
-    elif not resuming:
+    if args.protocol == "finetune" and args.resume and (Path(args.out) / "checkpoint.pt").exists():
+        return vit  # its weights are in the checkpoint
+    if args.from_ == "scratch":
         say("from scratch: all weights at random")
+    else:
+        mirl.load_encoder(vit, args.from_, args.truncated)
     return vit
 
 
@@ -711,11 +708,12 @@ def device_limit(config: mirl.Config) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
-def every_image(models: list[nn.Module], loader: mirl.Loader, batch: int) -> Iterator:
+def every_image(models: list[nn.Module], loader: mirl.Loader) -> Iterator:
     """This process's batches of all images, each once over all processes, for models that are to
     be evaluated. (Call their `forward`: by `__call__`, torch.compile would compile once more.)"""
     for model in models:
         model.eval()
+    batch = device_limit(models[0].config)
     return loader.epoch(0, mirl.in_order(len(loader.data.images), batch))
 
 
@@ -725,7 +723,7 @@ def outputs(models: list[nn.Module], loader: mirl.Loader, dtype: torch.dtype) ->
 
     The label of an image that cannot be read is −1.
     """
-    for images, labels in every_image(models, loader, device_limit(models[0].config)):
+    for images, labels in every_image(models, loader):
         with mirl.autocast(images.device, dtype):
             out = [model.forward(images) for model in models]
         yield [x.float() for x in out], labels
@@ -813,7 +811,7 @@ def linear_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int, seed
     ).to(train.device)
     size = min(256, len(train))
     steps = len(train) // size
-    epochs = max(100, 1000 // steps)
+    epochs = max(100, math.ceil(1000 / steps))
     optimizer = torch.optim.AdamW(probe.parameters(), lr=0.01, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     for _ in range(epochs):
@@ -1122,9 +1120,8 @@ def write_scenes(folder: Path) -> None:
                     TF.to_pil_image(picture).save(path / f"{i:05d}.png")
                 images.append(dict(id=i, file_name=f"{i:05d}.png", height=64, width=64))
                 for k in (kinds >= 0).nonzero().flatten().tolist():
-                    annotations.append(annotation(instances == k + 1))
-                    annotations[-1] |= dict(id=len(annotations), image_id=i)
-                    annotations[-1] |= dict(category_id=int(kinds[k]) + 1)
+                    ids = dict(id=len(annotations) + 1, image_id=i, category_id=int(kinds[k]) + 1)
+                    annotations.append(annotation(instances == k + 1) | ids)
             categories = [dict(id=k, name=name) for k, name in enumerate(mirl.SHAPES, start=1)]
             content = dict(images=images, annotations=annotations, categories=categories)
             annotation_file(whole / f"{split}2017").write_text(json.dumps(content))
@@ -1152,8 +1149,7 @@ class VariedCrop(v2.RandomCrop):
     """
 
     def __init__(self, size: int):
-        grey = [round(255 * m) for m in mirl.IMAGENET_MEAN]
-        fill = {tv_tensors.Image: grey, tv_tensors.Mask: IGNORED}
+        fill = {tv_tensors.Image: GREY, tv_tensors.Mask: IGNORED}
         super().__init__(size, pad_if_needed=True, fill=fill)
 
     def make_params(self, flat_inputs: list) -> dict:
@@ -1172,10 +1168,11 @@ def segment_transform(size: int, training: bool) -> Callable:
     In training the short side is resized to `size` times a draw from [0.5, 2], but for sizes up to
     64 to `size`; then a crop of size × size, a flip, and changes of brightness, contrast,
     saturation and hue, each with probability 1/2. In validation the image's short side becomes
-    `size`, and the labels stay.
+    `size`, but the long one at most four times that, and the labels stay.
     """
     if not training:
-        return lambda image, labels: v2.ToPureTensor()(shorter_side(image, size), labels)
+        # of two plain tensors v2 takes the first for the image, and leaves the other alone
+        return v2.Compose([v2.ToPureTensor(), v2.Resize(size, max_size=4 * size)])
     scale = v2.Resize(size)
     if size > mirl.SMALL:
         scale = v2.RandomShortestSize(range(size // 2, 2 * size + 1), max_size=8 * size)
@@ -1183,11 +1180,6 @@ def segment_transform(size: int, training: bool) -> Callable:
     distortion = [v2.RandomApply([v2.ColorJitter(**{k: s})]) for k, s in strengths.items()]
     moves = [scale, VariedCrop(size), v2.RandomHorizontalFlip()]
     return v2.Compose([*moves, *distortion, v2.ToPureTensor()])
-
-
-def shorter_side(image: Tensor, size: int) -> Tensor:
-    """The short side resized to `size`, but the long one to at most four times that."""
-    return TF.resize(image, size, max_size=4 * size, antialias=True)
 
 
 def detect_transform(training: bool) -> Callable:
@@ -1271,7 +1263,6 @@ def evaluate_segments(
     models: list[nn.Module],
     loader: mirl.Loader,
     dtype: torch.dtype,
-    batch: int,
     window: tuple[int, int] | None = None,
 ) -> list[dict[str, float]]:
     """Each model's `segmentation_scores`, at the labels' own size; an image counts once.
@@ -1280,7 +1271,7 @@ def evaluate_segments(
     """
     classes = len(loader.data.classes)
     matrices = torch.zeros(len(models), classes, classes, dtype=torch.int64, device=loader.device)
-    for images, labels in every_image(models, loader, batch):
+    for images, labels in every_image(models, loader):
         for image, truth in zip(images, labels, strict=True):  # singly: logits are large
             if truth is None:
                 continue
@@ -1347,15 +1338,13 @@ def coco_scores(found: list[dict], file: str | Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate_objects(
-    models: list[nn.Module], loader: mirl.Loader, batch: int
-) -> list[dict[str, float]]:
+def evaluate_objects(models: list[nn.Module], loader: mirl.Loader) -> list[dict[str, float]]:
     """Each model's `coco_scores`; an image counts once.
 
     models: a list of images (3, h, w) -> what `detections` takes, for each.
     """
     found: list[list[dict]] = [[] for _ in models]
-    for images, targets in every_image(models, loader, batch):
+    for images, targets in every_image(models, loader):
         for model, results in zip(models, found, strict=True):
             for output, target in zip(model.forward(list(images)), targets, strict=True):
                 if target is not None:
@@ -1393,17 +1382,12 @@ def picture(image: Tensor, result: Tensor | dict[str, Tensor], classes: list[str
         kinds = range(len(names))
     colors = [PALETTE[k % len(PALETTE)] for k in kinds]
     scale = math.ceil(512 / max(image.shape[1:]))
-    image, masks = enlarged(image, scale), enlarged(masks, scale)
+    image, masks = (repeat(x, "n h w -> n (h p) (w q)", p=scale, q=scale) for x in (image, masks))
     if names:
         image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
         lines = "white" if by_pixel else colors
         image = draw_bounding_boxes(image, boxes * scale, names, lines, width=2)
     return image
-
-
-def enlarged(x: Tensor, scale: int) -> Tensor:
-    """(…, h, w) -> (…, scale · h, scale · w), each pixel as a square."""
-    return x.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
 
 
 if __name__ == "__main__":

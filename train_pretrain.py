@@ -165,7 +165,6 @@ def main(argv: list[str] | None = None) -> None:
         data = mirl.load_data(args.data, args.data_dir, "train")
         limit = max(1, 256 * 196 // config.num_patches)
         split = mirl.split_batch(len(data.images), args.batch_size, args.device_batch_size, limit)
-        args.workers = mirl.pick_workers(args.workers)
         loader = PretrainLoader(data, config.image_hw, args, device)
         val = mirl.load_data(args.data, args.data_dir, "val")
         shown = mirl.fixed_images(val, config.image_hw, count=8).to(device)
@@ -187,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
                 if last:
                     run.update(lambda: gradient_norms(model.encoder) if args.log_grad_norms else {})
                     if args.feature_weight:
-                        model.update_momentum(momentum(run.step / split.steps, args.epochs))
+                        keep = momentum(run.step / split.steps, args.epochs)
+                        mirl.move_average(model.momentum_encoder, model.encoder, keep)
             run.end_epoch(corrupt_files=len(loader.corrupt))
             if args.picture_every and (epoch + 1) % args.picture_every == 0:
                 draw(model, shown, args, f"epoch-{epoch + 1:04d}.png")
@@ -395,7 +395,7 @@ def plot(runs: tuple[str, ...], out: Path) -> None:
         require(path.exists(), f"--plot {run}: there is no {path}")
         config = json.loads((Path(run) / "config.json").read_text())
         lines = [json.loads(s) for s in path.read_text().splitlines() if s.endswith("}")]
-        label = f"{Path(run).name} ({config.get('method', 'fine-tuned')} {config['model']})"
+        label = f"{run} ({config.get('method', 'fine-tuned')} {config['model']})"
         steps[label] = [line for line in lines if line["kind"] == "step"]
     out.mkdir(parents=True, exist_ok=True)
 

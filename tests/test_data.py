@@ -1,5 +1,7 @@
 """The data: against torchvision and PIL where they do the same, and against what is promised."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -311,6 +313,18 @@ def test_batches_of_files_do_not_depend_on_the_workers(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
     assert not torch.equal(batches[0], next(one.epoch(0, order(data))))
     assert torch.equal(before, torch.get_rng_state())  # the masks' random numbers stay apart
+
+
+def test_what_worker_processes_do_can_be_sent_to_them(tmp_path):
+    """They are not forked on macOS, nor by Python from 3.14 on."""
+    dataset = loader(files(write_images(tmp_path))).files.loader.dataset
+    transforms = [mirl.whole_image((32, 32)), train_finetune.finetune_transform((32, 32), 9.0)]
+    transforms += [train_finetune.segment_transform(64, training) for training in (False, True)]
+    transforms += [train_finetune.detect_transform(training) for training in (False, True)]
+    for transform in transforms:
+        assert repr(pickle.loads(pickle.dumps(transform))) == repr(transform)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(again[0, 3][0], dataset[0, 3][0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

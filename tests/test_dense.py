@@ -331,9 +331,10 @@ def damage(folder, task):
 
 
 def answers(forward):
-    """A model that is a function."""
+    """A model that is a function, of images that go to a device two at a time."""
     model = torch.nn.Module()
-    model.forward = forward
+    model.forward, model.config = forward, mirl.model_config("vit_nano", image_size=448)
+    assert tune.device_limit(model.config) == 2
     return model
 
 
@@ -359,7 +360,7 @@ def test_what_cannot_be_read_is_replaced_named_and_counted(tmp_path, monkeypatch
     assert len(one.corrupt) == 2
     if task == "segment":  # in validation it counts for nothing, here for a model that sees class 0
         model = answers(lambda images: torch.eye(5)[0].view(1, 5, 1, 1).expand(1, 5, 64, 64))
-        [scores] = tune.evaluate_segments([model], two, torch.float32, 4)
+        [scores] = tune.evaluate_segments([model], two, torch.float32)
         truth = torch.stack([data.read(i)[1].as_subclass(torch.Tensor) for i in (0, 2, 4, 5)])
         assert scores["aacc"] == pytest.approx(100 * (truth == 0).float().mean().item())
 
@@ -532,7 +533,7 @@ def test_segments_are_scored_at_the_size_of_the_labels(tmp_path, window):
     (tmp_path / "classes.txt").write_text("dark\nbright\nnever\n")
     data = tune.load_dense("segment", str(tmp_path), "", "val")
     images, model = loader(data, tune.segment_transform(48, False)), answers(bright)
-    [scores] = tune.evaluate_segments([model], images, torch.float32, 2, window)
+    [scores] = tune.evaluate_segments([model], images, torch.float32, window)
     assert scores["aacc"] == pytest.approx(87.5) and scores["macc"] == pytest.approx(200 / 3)
 
 
@@ -560,7 +561,7 @@ def test_average_precision_of_perfect_and_of_shifted_objects(tmp_path, capsys):
 
     models = [shifted_by(shift) for shift in (0, 3, 99)]
     one = loader(data, tune.detect_transform(False), keep_labels=False)
-    right, shifted, wrong = tune.evaluate_objects(models, one, 2)
+    right, shifted, wrong = tune.evaluate_objects(models, one)
     names = [f"{kind}_{ap}" for kind in ("box", "mask") for ap in ("ap", "ap50", "ap75")]
     assert [*right] == names and [*right.values()] == pytest.approx([100] * 6)
     # shifted by 3, IoUs are (20 − 3)/(20 + 3) = 0.74 and (12 − 3)/(12 + 3) = 0.6: of ten thresholds

@@ -354,11 +354,18 @@ def test_probes_on_problems_with_a_known_answer():
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_protocols_leave_nothing_but_a_line(tmp_path, capsys, protocol):
     encoder = stored(tmp_path / "encoder.pth", vit(pool="none").state_dict())
-    assert finetune("--protocol", protocol, "--out", tmp_path / "run", "--from", encoder) == 0
-    result = last_line(capsys)
+    flags = ["--protocol", protocol, "--out", tmp_path / "run", "--from", encoder]
+    assert finetune(*flags) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
     assert result["protocol"] == protocol and 0 <= result["top1"] <= result["top5"] <= 100
     assert (result["train_images"], result["val_images"]) == (32, 33)
     assert not (tmp_path / "run").exists()
+    # the encoder is still --from where --out holds a run that --resume would continue
+    (tmp_path / "run").mkdir()
+    stored(tmp_path / "run" / "checkpoint.pt", {})
+    assert finetune(*flags, "--resume") == 0
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])

@@ -135,7 +135,7 @@ def test_the_momentum_encoder_follows_the_encoder_on_schedule():
     weight, average = model.encoder.cls_token, model.momentum_encoder.cls_token
     weight.data.normal_()
     expected = 0.9 * average + 0.1 * weight.detach()
-    model.update_momentum(0.9)
+    mirl.move_average(model.momentum_encoder, model.encoder, 0.9)
     torch.testing.assert_close(average.data, expected)
     values = [train_pretrain.momentum(e, 300) for e in (0, 50, 100, 200, 300)]
     assert values == pytest.approx([0.999, 0.99945, 0.9999, 0.999945, 0.99999])
@@ -279,14 +279,21 @@ def test_gradient_norms_by_hand():
             assert norms[kind][k].item() == pytest.approx(math.sqrt(sum(squares)))
 
 
-def test_drawing_finished_runs(tmp_path):
-    pytest.importorskip("matplotlib")
-    a, b = tmp_path / "a", tmp_path / "b"
+def test_drawing_finished_runs(tmp_path, monkeypatch):
+    Figure, curves = pytest.importorskip("matplotlib.figure").Figure, []
+
+    def savefig(figure, *args, original=Figure.savefig, **kwargs):
+        curves.append([len(axes.lines) for axes in figure.axes])
+        original(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    a, b = tmp_path / "a" / "run", tmp_path / "b" / "run"
     assert pretrain(a, "--log-grad-norms") == pretrain(b) == 0
     with open(a / "metrics.jsonl", "a") as file:  # resumed without --log-grad-norms
         file.write('{"kind": "step", "step": 9, "loss": 1.0}\n')
     before = (a / "metrics.jsonl").read_bytes()
     assert run(train_pretrain, "--plot", a, b) == 0
+    assert curves == [[2], [1] * 16]  # losses of both, norms of the first in 4 blocks by 4 kinds
     for name in ("losses.png", "gradients.png"):
         picture = Image.open(a / name)
         assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(10**6)) > 5

@@ -26,7 +26,7 @@ PRETRAIN = [
     (["--lr", "-1"], "--lr must be greater than 0, not -1"),
     (["--base-lr", "inf"], "--base-lr must be finite, not inf"),
     (["--clip-grad", 0], "--clip-grad must be greater than 0"),
-    (["--seed", 10**30], "--seed must be finite"),
+    (["--seed", 10**400], "--seed must be finite"),
     (["--recipe", "slow"], "invalid choice: 'slow'"),
     (["--data", ""], "--data must not be empty"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),

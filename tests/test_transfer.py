@@ -295,7 +295,7 @@ def in_each_of_two_processes(device):
     labels = torch.full((2, 64, 64), 255 if mirl.RANK else 3)
     segment = mirl.UperNet(vit(), 5, width=16)
     for model in (detector(), segment):
-        assert mirl.sync_batch_norm(model, device) is model
+        assert not mirl.syncs_batch_norm(device)
         parallel = mirl.data_parallel(model, device)
         for seen in (targets, [target(), target()]):
             if model is segment:

@@ -38,7 +38,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
     "cpu": dict(
         models={12: "vit_pico_12", 24: "vit_pico_24", 48: "vit_pico_48"},
-        methods=("mae", "mirl", "scratch", "sparse"),
         pretrain="--epochs 3 --warmup-epochs 0.3 --batch-size 64 --base-lr 8e-3 --picture-every 0",
         finetune="--train-images 5000 --val-images 2000 --epochs 4 --warmup-epochs 0.4 "
         "--batch-size 32 --base-lr 8e-3 --ema-decay 0",
@@ -46,7 +45,6 @@ SIZES = {
     ),
     "gpu": dict(
         models={12: "vit_ti", 24: "vit_ti_24", 48: "vit_ti_48"},
-        methods=("mae", "mirl", "scratch", "sparse"),
         pretrain="--recipe cifar10 --epochs 50 --warmup-epochs 5 --base-lr 1e-3 --picture-every 0",
         finetune="--recipe cifar10 --epochs 20 --warmup-epochs 2 --ema-decay 0",
         probe="",
@@ -93,7 +91,7 @@ def plan(size: str, seeds: list[int]) -> list[Cell]:
     compared = [Cell(m, depth, False, 0) for depth in DEPTHS[::-1] for m in ("mae", "mirl")]
     truncated = [Cell(method, 24, True, 0) for method in ("mae", "mirl")]
     others = [Cell(m, depth, False, 0) for m in ("scratch", "sparse") for depth in DEPTHS[::-1]]
-    models, methods = SIZES[size]["models"], SIZES[size]["methods"]
+    models, methods = SIZES[size]["models"], SIZES[size].get("methods", METHODS)
     cells = [c for c in compared + truncated + others if c.depth in models and c.method in methods]
     return [cell._replace(seed=seed) for seed in seeds for cell in cells]
 
