@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Per size: the models by depth, the methods, and the flags that all of its cells share.
+# Per size: the models by depth, the flags that all of its cells share, the methods if not all.
 SIZES = {
     "cpu": dict(
         models={12: "vit_pico_12", 24: "vit_pico_24", 48: "vit_pico_48"},
