@@ -21,12 +21,9 @@ A run leaves in --out: config.json, metrics.jsonl, checkpoint.pt (after every ep
 at its end encoder.pt, the encoder alone under timm's names.
 """
 
+import argparse
 import dataclasses
-import itertools
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,7 +34,33 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
 import mirl
-from mirl import flag, require, say
+from common import checkpoint
+from common.cli import RecipeParser, add_training_flags, number, run_script, settle, switch, text
+from common.data import (
+    BICUBIC,
+    AugmentedImages,
+    EpochSampler,
+    batches,
+    center_crop,
+    load_data,
+    make_loader,
+    micro_batches,
+    normalise_images,
+    read_images,
+    seed_of,
+    validation_images,
+)
+from common.distributed import (
+    RANK,
+    autocast,
+    data_parallel,
+    pick_dtype,
+    process_group,
+    rank_zero_first,
+    say,
+)
+from common.metrics import MetricLogger, lr_factor, parameter_groups
+from mirl import UserError, require
 
 # fmt: off
 # Everything that a recipe sets; the flags override it.
@@ -54,187 +77,211 @@ RECIPES = {
     "imagenet": dict(model="vit_b", data="data/imagenet", epochs=300, warmup_epochs=20,
                      batch_size=4096, base_lr=1.5e-4, picture_every=20),
 }
-# fmt: on
-
-CROP_SCALE = (0.2, 1.0)  # share of the image's area in a random crop [R]
 
 
-@dataclass
-class Args(mirl.TrainingFlags):
-    recipe: str = flag(
-        "quick",
-        "values for the flags whose help lists one by recipe; a flag that you give wins",
-        tuple(RECIPES),
-    )
-    method: str = flag("mirl", "mirl, or mae: one segment and one plain decoder", ("mirl", "mae"))
-    model: str | None = flag(None, f"the encoder: {', '.join(mirl.MODELS)}")
-    data: str | None = flag(
-        None,
-        "shapes or scenes (embedded; scenes are for --image-size 64), cifar10, cifar100, "
-        "imagenette (downloaded), or a folder of images",
-    )
-    out: str | None = flag(None, "the run's folder; default runs/<method>-<recipe>")
-    mask_ratio: float = flag(0.75, "share of the patches that are hidden from the encoder")
-    segments: int | None = flag(None, "G, an even number, or 1; default the model's")
-    dense: bool | None = flag(
-        None, "whether decoders attend to all earlier segments; default yes for mirl, no for mae"
-    )
-    weight_norm: bool | None = flag(
-        None, "whether the pixel head is weight-normalised; default yes for mirl, no for mae"
-    )
-    truncate: int = flag(
-        0,
-        "leave this many last blocks out; fine-tuning with --truncated starts them at random",
-        low=0,
-    )
-    loss: str = flag(
-        "mirl", "mirl, or dagger: the main components' own loss is added", ("mirl", "dagger")
-    )
-    omega: float = flag(1.0, "weight of what --loss dagger adds; 0.1 is gentler", low=0)
-    feature_weight: float = flag(
-        0.0, "weight of a feature-level loss at the end of the encoder (InfoNCE); 0: none", low=0
-    )
-    feature_negatives: str = flag(
-        "batch",
-        "the other images on the devices at a time, so accumulation makes them fewer; or none",
-        ("batch", "none"),
-    )
-    vgg_weight: float = flag(0.0, "weight of the loss of VGG-16's activations; 0: none", low=0)
-    vgg_checkpoint: str | None = flag(
-        None, "a file with torchvision's vgg16 state dict; default: downloaded"
-    )
-    log_grad_norms: bool = flag(False, "also log the norms of every block's gradients")
-    plot: tuple[str, ...] | None = flag(
-        None,
-        "train nothing; draw losses and logged gradient norms of the runs in these folders into "
-        "--out (default: the first of them); needs pip install -e '.[plot]'",
-    )
-    draw: tuple[str, ...] | None = flag(
-        None,
-        "train nothing; write what the pre-trained model --from makes of these image files as "
-        "reconstruction.png into --out",
-    )
-    from_: str | None = flag(
-        None, "for --draw: a checkpoint.pt of pre-training, or the authors' pre-trained model"
-    )
-    picture_every: int | None = flag(
-        None, "epochs between two pictures; 0: at the end alone", low=0
-    )
-    picture_pair: int = flag(1, "which pair the pictures show, 1 (outermost) to G/2")
-
-
-def parse(argv: list[str] | None = None) -> Args:
-    args = mirl.parse_flags(Args, argv, __doc__, RECIPES)
-    require(not (args.draw and args.plot), "--draw and --plot exclude each other: give one of them")
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = RecipeParser(__doc__, RECIPES)
+    flag = parser.add_argument
+    flag("--method", choices=("mirl", "mae"), default="mirl",
+         help="mirl, or mae: one segment and one plain decoder; default mirl")
+    flag("--model", type=text, help=f"the encoder: {', '.join(mirl.MODELS)}")
+    flag("--data", type=text,
+         help="shapes (embedded), cifar10, cifar100, imagenette (downloaded), or a folder of "
+         "images")
+    flag("--mask-ratio", type=number(), default=0.75,
+         help="share of the patches that are hidden from the encoder; default 0.75")
+    flag("--segments", type=int, help="G, an even number, or 1; default the model's")
+    flag("--dense", action=switch,
+         help="whether decoders attend to all earlier segments; default yes for mirl, no for mae")
+    flag("--weight-norm", action=switch,
+         help="whether the pixel head is weight-normalised; default yes for mirl, no for mae")
+    flag("--truncate", type=number(int, low=0), default=0,
+         help="leave this many last blocks out; fine-tuning with --truncated starts them at random")
+    flag("--omega", type=number(low=0), default=0.0,
+         help="weight of the main components' own loss, which is added; the paper's variant L† has "
+         "1, and 0.1 is gentler; default 0: none")
+    flag("--feature-weight", type=number(low=0), default=0.0,
+         help="weight of a feature-level loss at the end of the encoder (InfoNCE); default 0: none")
+    flag("--feature-negatives", choices=("batch", "none"), default="batch",
+         help="the other images on the devices at a time, so accumulation makes them fewer; or "
+         "none")
+    flag("--vgg-weight", type=number(low=0), default=0.0,
+         help="weight of the loss of VGG-16's activations; default 0: none")
+    flag("--vgg-checkpoint", type=text,
+         help="a file with torchvision's vgg16 state dict; default: downloaded")
+    flag("--log-grad-norms", action=switch, default=False,
+         help="also log the norms of every block's gradients, for assets/plot.py")
+    flag("--draw", nargs="+", metavar="IMAGE",
+         help="train nothing; write what the pre-trained model --from makes of these image files "
+         "as reconstruction.png into --out")
+    flag("--from", dest="from_", type=text,
+         help="for --draw: a checkpoint.pt of pre-training, or the authors' pre-trained model")
+    flag("--picture-every", type=number(int, low=0),
+         help="epochs between two pictures; 0: at the end alone")
+    flag("--picture-pair", type=int, default=1,
+         help="which pair the pictures show, 1 (outermost) to G/2; default 1")
+    add_training_flags(parser)
+    args = parser.parse(argv)
     require(
         bool(args.draw) == bool(args.from_) and (args.out or not args.draw),
         "--draw needs --from, a pre-trained model, and --out, a folder for the picture; --from is "
         "for --draw alone",
     )
-    args.settle(args.plot[0] if args.plot else f"runs/{args.method}-{args.recipe}")
+    settle(args, f"runs/{args.method}-{args.recipe}")
     return args
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------
+# fmt: on
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.plot:
-        return plot(args.plot, Path(args.out))
-    run_folder = None if args.draw else args.out
-    with mirl.interruptible(run_folder), mirl.processes(args.device) as device:
+    with process_group(args.device) as device:
         if args.draw:
             return draw_files(args, device)
-        mirl.check_out(args.out, args.resume)
-        mirl.check_machine(args, device)
+        checkpoint.check_out(args.out, args.resume)
+        dtype = pick_dtype(args.dtype, device)
 
         # the model, with the same initial weights in every process
         torch.manual_seed(args.seed)
-        config = model_config(args)
-        model = new_model(args, config, device)
+        model = new_model(args, device)
+        config = model.config
         pairs = max(1, config.segments // 2)
         require(
             1 <= args.picture_pair <= pairs,
             f"--picture-pair {args.picture_pair}: the model has {pairs}",
         )
 
-        # the data, and how an epoch of them is cut
-        data = mirl.load_data(args.data, args.data_dir, "train")
+        # the data: random resized crop (area 0.2 to 1, bicubic) and horizontal flip [R]
+        data = load_data(args.data, args.data_dir, "train")
         limit = max(1, 256 * 196 // config.num_patches)
-        split = mirl.split_batch(len(data.images), args.batch_size, args.device_batch_size, limit)
-        loader = PretrainLoader(data, config.image_hw, args, device)
-        val = mirl.load_data(args.data, args.data_dir, "val")
-        shown = mirl.fixed_images(val, config.image_hw, count=8).to(device)
+        size, accumulation = micro_batches(args.batch_size, args.device_batch_size, limit)
+        sampler = EpochSampler(len(data), args.batch_size, args.seed)
+        crop = v2.RandomResizedCrop(config.image_hw, (0.2, 1.0), interpolation=BICUBIC)
+        transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
+        loader = make_loader(
+            AugmentedImages(data, transform, args.seed), sampler, size, args.workers, device
+        )
+        val = load_data(args.data, args.data_dir, "val")
+        shown = validation_images(val, config.image_hw, 8).to(device)
+        log = MetricLogger(args, len(data), size, accumulation)
 
-        groups = mirl.parameter_groups(model, args.lr, args.weight_decay)
-        run = mirl.Run(model, args, groups, (0.9, 0.95), split, data, device)
-        for epoch in run.epochs():
-            batches = loader.epoch(epoch, mirl.shuffled(split, args.seed, epoch))
-            for i, images in enumerate(run.timed(batches), start=1):  # (device batch, 3, H, W)
+        groups = parameter_groups(model, args.lr, args.weight_decay)
+        parameters = [p for group in groups for p in group["params"]]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        warmup = round(args.warmup_epochs * log.steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(step, log.total, warmup, args.schedule)
+        )
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+        # the run: new, or where its last checkpoint left it
+        parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+        identity = checkpoint.identity(args, config, data)
+        saved = checkpoint.resume(args.out, parts, identity) if args.resume else {}
+        log.start(saved, model, device)
+        if args.compile:
+            model.compile()
+        wrapped = data_parallel(model, device)
+
+        for epoch in range(saved.get("epoch", 0), args.epochs):
+            torch.manual_seed(seed_of("epoch", args.seed, epoch, RANK))  # so a resume is exact
+            sampler.set_epoch(epoch)
+            model.train()
+            log.start_epoch(epoch + 1)
+            given = batches(loader, device)
+            if isinstance(data.images, Tensor):
+                given = in_memory_batches(data, sampler, size, config.image_hw, device)
+            for i, (images, _) in enumerate(log.timed(given), start=1):
                 # a step is `accumulation` micro-batches; processes average gradients in its last
-                last = i % split.accumulation == 0
-                run.model.require_backward_grad_sync = last
-                with mirl.autocast(device, run.dtype):
-                    out = run.model(images)
-                run.scaler.scale(out.loss / split.accumulation).backward()
+                wrapped.require_backward_grad_sync = last = i % accumulation == 0
+                with autocast(device, dtype):
+                    out = wrapped(images)  # of (device batch, 3, H, W)
+                scaler.scale(out.loss / accumulation).backward()
                 losses = {f"loss_{g}": loss for g, loss in enumerate(out.losses, start=1)}
-                run.note(loss=out.loss, **losses, **residual_shares(out), **out.terms)
+                log.add(loss=out.loss, **losses, **residual_shares(out), **out.terms)
                 del out  # its predictions, before the next ones are made
-                if last:
-                    run.update(lambda: gradient_norms(model.encoder) if args.log_grad_norms else {})
-                    if args.feature_weight:
-                        keep = momentum(run.step / split.steps, args.epochs)
-                        mirl.move_average(model.momentum_encoder, model.encoder, keep)
-            run.end_epoch(corrupt_files=len(loader.corrupt))
+                if not last:
+                    continue
+                scaler.unscale_(optimizer)
+                norms = gradient_norms(model.encoder) if args.log_grad_norms and log.due else {}
+                norm = None
+                if args.clip_grad or log.due:
+                    norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+                lr = max(scheduler.get_last_lr())
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                scheduler.step()
+                log.end_step(lr, norm, **norms)
+                if args.feature_weight:
+                    decay = momentum(log.step / log.steps, args.epochs)
+                    mirl.update_ema(model.momentum_encoder, model.encoder, decay)
+            log.check_weights(model)
+            log.end_epoch(corrupt_files=len(loader.dataset.broken))
+            checkpoint.save_checkpoint(
+                args.out,
+                parts,
+                identity=identity,
+                config=dataclasses.asdict(config),
+                epoch=epoch + 1,
+                history=log.history,
+                written=log.written,
+            )
             if args.picture_every and (epoch + 1) % args.picture_every == 0:
                 draw(model, shown, args, f"epoch-{epoch + 1:04d}.png")
+        log.bar.close()
 
-        if mirl.RANK == 0:
-            mirl.save_model(run.out / "encoder.pt", model.encoder)
-        draw(model, shown, args, "reconstruction.png")
-        say(
-            f"done: {run.out / 'encoder.pt'} for fine-tuning, and a picture to look at, "
-            f"{run.out / 'reconstruction.png'} ({COLUMNS})"
-        )
+        encoder = Path(args.out) / "encoder.pt"
+        if RANK == 0:
+            checkpoint.save_model(encoder, model.encoder)
+        picture = draw(model, shown, args, "reconstruction.png")
+        say(f"done: {encoder} for fine-tuning, and a picture to look at, {picture} ({COLUMNS})")
 
 
 # ------------------------------------------------------------------------------------------------
-# The model
+# The model, and what is watched while it learns
 # ------------------------------------------------------------------------------------------------
 
 
-def model_config(args: Args) -> mirl.Config:
+def new_model(args: argparse.Namespace, device: torch.device) -> mirl.MIRL:
+    """MIRL or MAE, with the further objectives that the flags ask for."""
     names = ("mask_ratio", "image_size", "patch_size", "segments", "dense", "weight_norm")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = mirl.model_config(args.model, **given)
     if args.method == "mae":
         require(
             given.get("segments", 1) == 1 and not given.get("dense"),
             "--method mae is one segment without dense connections by definition",
         )
-        given = mirl.mae_overrides(args.model) | given
-    config = mirl.model_config(args.model, **given)
+        config = mirl.mae_config(args.model, **given)
     require(
         args.truncate < config.depth,
         f"--truncate {args.truncate} leaves none of the {config.depth} blocks",
     )
-    return dataclasses.replace(config, depth=config.depth - args.truncate)
-
-
-def new_model(args: Args, config: mirl.Config, device: torch.device) -> mirl.MIRL:
-    """MIRL itself, or with the further objectives that the flags ask for."""
-    objectives = mirl.Objectives(
-        omega=args.omega if args.loss == "dagger" else 0.0,
-        feature=args.feature_weight,
-        negatives=args.feature_negatives == "batch",
-        vgg=args.vgg_weight,
-    )
-    if not (objectives.omega or objectives.feature or objectives.vgg):
+    config = dataclasses.replace(config, depth=config.depth - args.truncate)
+    negatives = args.feature_negatives == "batch"
+    objectives = mirl.Objectives(args.omega, args.feature_weight, negatives, args.vgg_weight)
+    if not (args.omega or args.feature_weight or args.vgg_weight):
         return mirl.MIRL(config).to(device)
-    vgg = mirl.vgg_extractor(args.vgg_checkpoint).to(device) if objectives.vgg else None
+    vgg = load_vgg(args.vgg_checkpoint).to(device) if args.vgg_weight else None
     return mirl.ExtendedMIRL(config, objectives, vgg).to(device)
+
+
+def load_vgg(path: str | None) -> nn.Module:
+    """VGG-16 from a file, or downloaded. Raises UserError where it cannot be had."""
+    if path:
+        weights = checkpoint.load_file(path)
+        try:
+            return mirl.vgg_features(weights)
+        except UserError as error:
+            raise UserError(f"--vgg-checkpoint {path}: {error}") from None
+    try:
+        with rank_zero_first():
+            return mirl.vgg_features(None)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--vgg-weight: VGG-16's weights could not be downloaded ({error}); give a file of "
+            "torchvision's vgg16 state dict with --vgg-checkpoint"
+        ) from None
 
 
 def momentum(epoch: float, epochs: int) -> float:
@@ -269,39 +316,19 @@ def gradient_norms(vit: mirl.ViT) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------
-# The data
+# Crops of images in memory
 # ------------------------------------------------------------------------------------------------
 
+CROP_SCALE = (0.2, 1.0)
 
-class PretrainLoader:
-    """Training images, cropped at random, flipped and normalised, on the device.
 
-    Random resized crop (area 0.2 to 1, bicubic) and horizontal flip [R]. Images in memory are kept
-    on the GPU as uint8 and cropped a batch at a time, with random numbers from torch's global
-    generator; files go through worker processes, with random numbers from (seed, epoch, file).
-    """
-
-    def __init__(self, data: mirl.Images, size: tuple[int, int], args: Args, device: torch.device):
-        self.data, self.size, self.device = data, size, device
-        self.corrupt: set[str] = set()  # files that could not be read
-        if data.in_memory:
-            # (on MPS older versions of torch have no bicubic sampling: crop on the CPU)
-            self.images = data.images.to(device if device.type == "cuda" else "cpu")
-        else:
-            crop = v2.RandomResizedCrop(size, CROP_SCALE, interpolation=mirl.BICUBIC)
-            transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
-            self.files = mirl.Loader(data, transform, args.seed, device, args.workers)
-            self.corrupt = self.files.corrupt
-
-    def epoch(self, epoch: int, order: Tensor) -> Iterator[Tensor]:
-        """The micro-batches of these images, int64 (n, device batch): float32 (b, 3, H, W)."""
-        if self.data.in_memory:
-            for indices in order.to(self.images.device):
-                crops = random_crops(self.images[indices], self.size)
-                yield mirl.normalise_images(crops.to(self.device))
-        else:
-            for images, _ in self.files.epoch(epoch, order.tolist()):
-                yield images
+def in_memory_batches(data, sampler, size, image_hw, device):
+    """The same as `batches`, with the crops of a whole batch made at once, on the GPU if any."""
+    images = data.images.to(device if device.type == "cuda" else "cpu")
+    order = torch.tensor([i for _, i in sampler]).view(-1, size)
+    for indices in order.to(images.device):
+        crops = random_crops(images[indices], image_hw)
+        yield normalise_images(crops.to(device)), None
 
 
 def random_crops(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -350,84 +377,35 @@ def random_boxes(n: int, height: int, width: int, device: torch.device) -> Tenso
 # Pictures
 # ------------------------------------------------------------------------------------------------
 
-
 COLUMNS = "columns: ground truth, masked, reconstruction, residual, main component"
 
 
 @torch.no_grad()
-def draw(model: mirl.MIRL, images: Tensor, args: Args, name: str) -> None:
+def draw(model: mirl.MIRL, images: Tensor, args: argparse.Namespace, name: str) -> Path:
     """One row of five panels an image, under the same masks every time. [S C, Figure 1]"""
-    if mirl.RANK != 0:
-        return
-    generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.rand(len(images), model.config.num_patches, generator=generator)
-    # without torch.compile, for another batch size, and without terms that need other processes
-    out = mirl.MIRL.forward(model, images, noise.to(images.device))
-    pictures = mirl.panels(images, out, model.config.patch_size, args.picture_pair)
-    pictures = pictures.flatten(0, 1).cpu()  # (8·5, C, H, W)
-    zoom = max(1, 96 // max(images.shape[2:]))  # so that small images can be seen
-    grid = make_grid(F.interpolate(pictures, scale_factor=zoom), nrow=5, padding=4, pad_value=1)
-    mirl.save(Path(args.out) / name, lambda path: save_image(grid, path))
-
-
-def draw_files(args: Args, device: torch.device) -> None:
-    """reconstruction.png of the image files --draw, by the pre-trained model --from."""
-    model = mirl.load_mirl(args.from_, mask_ratio=args.mask_ratio).to(device)
-    fit = mirl.whole_image(model.config.image_hw)
-    images = torch.stack([fit(image) for image in mirl.read_images("--draw", args.draw)])
-    images = mirl.normalise_images(images.to(device))
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    draw(model, images, args, "reconstruction.png")
-    say(f"drawn: {Path(args.out) / 'reconstruction.png'} ({COLUMNS})")
-
-
-def plot(runs: tuple[str, ...], out: Path) -> None:
-    """losses.png, and gradients.png of the runs that logged gradient norms. [S C, Figure 2]
-
-    Figure 2's rows are blocks 19 to 22 of 24: here the same four from the end.
-    """
-    mirl.require_extra("matplotlib", "--plot")
-    from matplotlib.figure import Figure
-
-    steps, kinds = {}, ("qkv", "mlp", "norm", "proj")
-    for run in runs:
-        path = Path(run) / "metrics.jsonl"
-        require(path.exists(), f"--plot {run}: there is no {path}")
-        config = json.loads((Path(run) / "config.json").read_text())
-        lines = [json.loads(s) for s in path.read_text().splitlines() if s.endswith("}")]
-        label = f"{run} ({config.get('method', 'fine-tuned')} {config['model']})"
-        steps[label] = [line for line in lines if line["kind"] == "step"]
-    out.mkdir(parents=True, exist_ok=True)
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, lines in steps.items():
-        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=label)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.legend()
-    written = [save_figure(figure, out / "losses.png")]
-
-    logged = {k: [line for line in v if "grad_qkv" in line] for k, v in steps.items()}
-    if logged := {k: v for k, v in logged.items() if v}:
-        depth = min(len(lines[0]["grad_qkv"]) for lines in logged.values())
-        rows = range(max(0, depth - 6), max(min(depth, 4), depth - 2))
-        figure = Figure(figsize=(12, 2.2 * len(rows)), layout="constrained")
-        grid = figure.subplots(len(rows), len(kinds), squeeze=False, sharex=True)
-        for panel, (block, kind) in zip(grid.flat, itertools.product(rows, kinds), strict=True):
-            for label, lines in logged.items():
-                norms = [line[f"grad_{kind}"][block] for line in lines]
-                panel.plot([line["step"] for line in lines], norms, label=label, linewidth=1)
-            panel.set(yscale="log", title=f"block {block + 1}, {kind}")
-        grid[0][0].legend(fontsize="small")
-        grid[-1][0].set(xlabel="step", ylabel="gradient norm")
-        written.append(save_figure(figure, out / "gradients.png"))
-    say(f"drawn: {', '.join(map(str, written))}")
-
-
-def save_figure(figure, path: Path) -> Path:
-    mirl.save(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    path = Path(args.out) / name
+    if RANK == 0:
+        generator = torch.Generator().manual_seed(args.seed)
+        noise = torch.rand(len(images), model.config.num_patches, generator=generator)
+        # without torch.compile, for another batch size, and without terms that need other processes
+        out = mirl.MIRL.forward(model, images, noise.to(images.device))
+        pictures = mirl.panels(images, out, model.config.patch_size, args.picture_pair)
+        pictures = pictures.flatten(0, 1).cpu()  # (8·5, C, H, W)
+        zoom = max(1, 96 // max(images.shape[2:]))  # so that small images can be seen
+        grid = make_grid(F.interpolate(pictures, scale_factor=zoom), nrow=5, padding=4, pad_value=1)
+        checkpoint.save(path, lambda temporary: save_image(grid, temporary))
     return path
 
 
+def draw_files(args: argparse.Namespace, device: torch.device) -> None:
+    """reconstruction.png of the image files --draw, by the pre-trained model --from."""
+    model = checkpoint.load_mirl(args.from_, mask_ratio=args.mask_ratio).to(device)
+    fit = center_crop(model.config.image_hw)
+    images = torch.stack([fit(image) for image in read_images("--draw", args.draw)])
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    picture = draw(model, normalise_images(images.to(device)), args, "reconstruction.png")
+    say(f"drawn: {picture} ({COLUMNS})")
+
+
 if __name__ == "__main__":
-    mirl.run_script(main)
+    run_script(main)

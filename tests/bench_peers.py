@@ -2,16 +2,25 @@
 
     pip install -e '.[peers]'
     python tests/bench_peers.py --models vit_s vit_b --dtype bf16
+    python tests/bench_peers.py --models vit_b --mode finetune
     python tests/bench_peers.py --models vit_b --mode pretrain
 
-Inference and fine-tuning compare the ViT with those of timm and torchvision. Pre-training compares
-MIRL, or with --method mae our MAE alone, with the MAE of transformers and with one made of timm's
-blocks, as timm has none. The flags, the table and the counting are those of eval_speed.py.
+Flags, counting and table are those of eval_speed.py, and so is the step: every model has the same
+batch, precision and optimiser, starts at random and takes its turn, window by window. Their sizes
+agree but for tables of positions that are learned; TFLOP/s and "of peak" allow for the rest.
+
+- infer, finetune: our ViT beside the VisionTransformer of timm and of torchvision.
+- pretrain: MIRL and our MAE (with --method mae that alone) beside ViTMAEForPreTraining of
+  transformers, and `TimmMAE`, the shape of facebookresearch/mae, which asks for timm 0.3.2 itself:
+  an encoder of the visible patches, a decoder of all tokens. Both of theirs compute visible patches
+  in the decoder's last block, for the same predictions; transformers embeds the masked ones too.
 """
 
+import argparse
 import functools
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +32,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval_speed
 import mirl
+from common.cli import run_script
 
-PEERS = dict(
-    infer=("timm", "torchvision"),
-    finetune=("timm", "torchvision"),
-    pretrain=("timm", "transformers"),
-)
+VITS = ("timm", "torchvision")
+PEERS = dict(infer=VITS, finetune=VITS, pretrain=("timm", "transformers"))
 
 
 class Output(NamedTuple):
@@ -36,7 +43,7 @@ class Output(NamedTuple):
 
 
 class TimmMAE(nn.Module):
-    """MAE made of timm's blocks. Its last decoder block, unlike ours, computes all the tokens."""
+    """MAE made of timm's blocks, in the shape of facebookresearch/mae."""
 
     def __init__(self, config: mirl.Config):
         super().__init__()
@@ -50,26 +57,25 @@ class TimmMAE(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
         self.register_buffer("positions", mirl.sincos_positions(d, config.grid))
         blocks = (block(d, config.decoder_heads) for _ in range(config.decoder_depth))
-        self.decoder, self.head = nn.Sequential(*blocks), nn.Linear(d, config.pixels)
+        self.decoder, self.head = nn.Sequential(*blocks), nn.Linear(d, config.patch_pixels)
 
     def forward(self, images: Tensor) -> Output:
         patches = mirl.patchify(images, self.config.patch_size)  # (B, N, P·P·C)
         noise = torch.rand(patches.shape[:2], device=images.device)
-        visible, masked = mirl.random_masking(noise, self.config.mask_ratio)  # (B, V), (B, |M|)
+        visible, masked = mirl.random_masking(noise, self.config.mask_ratio)  # (B, V), (B, M)
         x = self.encoder.embed(mirl.take(patches, visible), visible)  # (B, 1+V, D)
         x = self.embed(self.encoder.norm(self.encoder.blocks(x)))  # (B, 1+V, d)
         background = self.mask_token.to(x.dtype).expand(*noise.shape, -1)  # (B, N, d)
         x = torch.cat([x[:, :1], mirl.put(x[:, 1:], visible, background)], dim=1)
         x = self.decoder(x + self.positions)[:, 1:]  # (B, N, d)
-        prediction = self.head(self.decoder_norm(mirl.take(x, masked)))  # (B, |M|, P·P·C)
+        prediction = self.head(self.decoder_norm(mirl.take(x, masked)))  # (B, M, P·P·C)
         target, _, _ = mirl.normalise_patches(mirl.take(patches, masked))
         return Output(mirl.reconstruction_loss(prediction, target))
 
 
 def peer(library: str, name: str, mode: str) -> nn.Module:
     """Another library's model of the same size as our `name`: a ViT, or for pre-training an MAE."""
-    mae = mode == "pretrain"
-    c = mirl.model_config(name, **(mirl.mae_overrides(name) if mae else {}))
+    c = (mirl.mae_config if mode == "pretrain" else mirl.model_config)(name)
     hidden = int(c.width * c.mlp_ratio)
     if library == "torchvision":
         from torchvision.models import VisionTransformer
@@ -79,22 +85,15 @@ def peer(library: str, name: str, mode: str) -> nn.Module:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
         config = ViTMAEConfig(
-            image_size=c.image_size,
-            patch_size=c.patch_size,
-            hidden_size=c.width,
-            num_hidden_layers=c.depth,
-            num_attention_heads=c.heads,
-            intermediate_size=hidden,
-            decoder_hidden_size=c.decoder_width,
-            decoder_num_hidden_layers=c.decoder_depth,
+            image_size=c.image_size, patch_size=c.patch_size, hidden_size=c.width,
+            num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=hidden,
+            decoder_hidden_size=c.decoder_width, decoder_num_hidden_layers=c.decoder_depth,
             decoder_num_attention_heads=c.decoder_heads,
-            decoder_intermediate_size=4 * c.decoder_width,
-            mask_ratio=c.mask_ratio,
-            norm_pix_loss=True,
-            attn_implementation="sdpa",
-        )
+            decoder_intermediate_size=4 * c.decoder_width, mask_ratio=c.mask_ratio,
+            norm_pix_loss=True, attn_implementation="sdpa",
+        )  # fmt: skip
         return ViTMAEForPreTraining(config)
-    if mae:
+    if mode == "pretrain":
         return TimmMAE(c)
     from timm.models import VisionTransformer
 
@@ -102,27 +101,27 @@ def peer(library: str, name: str, mode: str) -> nn.Module:
     return VisionTransformer(**sizes, depth=c.depth, num_heads=c.heads, class_token=True)
 
 
-def models_of(name: str, args: eval_speed.Args) -> eval_speed.Models:
-    """Our model `name` and the peers."""
-    build = functools.partial(eval_speed.build, name, args.mode)
-    makers = {name: functools.partial(build, args.method)}
+def makers(name: str, args: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
+    """What builds our model `name` and the peers, by label."""
+    ours = functools.partial(eval_speed.build, name, args.mode)
+    out = {name: functools.partial(ours, args.method)}
     if (args.mode, args.method) == ("pretrain", "mirl"):
-        makers[f"{name} (mae)"] = functools.partial(build, "mae")
+        out[f"{name} (mae)"] = functools.partial(ours, "mae")
     for library in PEERS[args.mode]:
-        makers[f"{name} ({library})"] = functools.partial(peer, library, name, args.mode)
-    return {label: (mirl.model_config(name), make) for label, make in makers.items()}
+        out[f"{name} ({library})"] = functools.partial(peer, library, name, args.mode)
+    return out
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = eval_speed.parse(argv, __doc__)
+    args, models = eval_speed.parse(argv, __doc__), {}
     for library in PEERS[args.mode]:
         found = importlib.util.find_spec(library)
         mirl.require(found, f"this needs the package {library}: pip install -e '.[peers]'")
-    models = {}
     for name in args.models:
-        models |= models_of(name, args)
+        config = mirl.model_config(name)
+        models |= {label: (config, make) for label, make in makers(name, args).items()}
     eval_speed.run(args, models)
 
 
 if __name__ == "__main__":
-    mirl.run_script(main)
+    run_script(main)

@@ -3,10 +3,8 @@
 import contextlib
 import functools
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,13 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
-import mirl
+import common.data
+import common.shapes
 import train_finetune
+from common.checkpoint import load_file
+from common.cli import run_script
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CPU = torch.device("cpu")
 # two epochs of four steps on the small shapes, or on as many files
 TINY = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "8", "--log-every", "2"]
@@ -28,19 +28,23 @@ SMALL = dict(depth=4, width=32, heads=2, decoder_width=16, decoder_heads=2, deco
 MAE = dict(segments=1, dense=False, weight_norm=False)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-make_shapes = functools.cache(mirl.make_shapes)
+make_shapes = functools.cache(common.shapes.make_shapes)
+
+
+def few_shapes(patch):
+    """The embedded data set with 33 images for 10,000: the scripts then take seconds."""
+    patch.setattr(common.data, "make_shapes", lambda count, seed: make_shapes(33, seed))
 
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    """The embedded data set with 33 images for 10,000: the scripts then take seconds."""
-    monkeypatch.setattr(mirl, "make_shapes", lambda count, seed: make_shapes(33, seed))
+    few_shapes(monkeypatch)
 
 
 def run(script, *flags):
     """A script in this process; its exit code."""
     try:
-        mirl.run_script(script.main, [str(flag) for flag in flags])
+        run_script(script.main, [str(flag) for flag in flags])
     except SystemExit as stop:
         return stop.code
     return 0
@@ -52,41 +56,58 @@ def finetuned(*flags):
     return train_finetune.finetuned_model(train_finetune.TASKS[args.task](args, CPU))
 
 
-def with_tests_on_path():
-    """The environment of a process that imports from the project and from its tests."""
-    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+# A process that has imported torch starts others within milliseconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "torchvision", "torch.distributed", "torch._dynamo"])
 
 
-def launch(*command):
-    """A process of its own, which must succeed; what it printed."""
-    done = subprocess.run(
-        list(map(str, command)),
-        env=with_tests_on_path(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+def start(code, world=1):
+    """So many processes, as torchrun would start them, each of which runs this code. It may import
+    from the project and from its tests, and has the small shapes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
+        environment |= dict(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS=1)
+        environment = {k: str(v) for k, v in environment.items()}
+        program = f"import os; os.environ.update({environment})\nimport torch, conftest\n"
+        program += "torch.set_num_threads(1); conftest.few_shapes(conftest.pytest.MonkeyPatch())\n"
+        processes.append(SERVER.Process(target=exec, args=(program + code, {})))
+        processes[-1].start()
+    return processes
 
 
-def terminate(batch):
-    os.kill(os.getpid(), signal.SIGTERM)
+def succeed(processes):
+    """Wait for them; what they print is in pytest's report."""
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert set(codes) == {0}, codes
+
+
+def interrupt(images):
+    """Ctrl-C. It ends a run with the code 130; what it leaves is what any sudden end leaves."""
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def at_batch(loader, epoch, batch, act):
-    """Within, `act` is called on this batch of this epoch (both from 0) before a script has it."""
-    original = loader.epoch
+def at_batch(script, epoch, batch, act):
+    """Within, `act` is called on the images of this batch of this epoch (both from 0) before the
+    script has them."""
+    original = script.batches
 
-    def epoch_with_an_act(self, e, batches):
-        for i, given in enumerate(original(self, e, batches)):
-            if (e, i) == (epoch, batch):
-                act(given)
+    def batches_with_an_act(loader, device):
+        for i, given in enumerate(original(loader, device)):
+            if loader.sampler.batch_size and (loader.sampler.epoch, i) == (epoch, batch):
+                act(given[0])
             yield given
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "epoch", epoch_with_an_act)
+        patch.setattr(script, "batches", batches_with_an_act)
         yield
 
 
@@ -103,7 +124,7 @@ def assert_same_run(a, b, *files):
         for x, y in zip(metrics(a, kind), metrics(b, kind), strict=True):
             assert x.keys() == y.keys() and all(x[k] == y[k] for k in x.keys() - times)
     for name in files:
-        x, y = (mirl.load_file(run / name)["model"] for run in (a, b))
+        x, y = (load_file(run / name)["model"] for run in (a, b))
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
@@ -119,7 +140,7 @@ def stored(path, content):
 def write_images(folder, count=33, seed=0):
     """The first small shapes as files 000.png, 001.png, …"""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(make_shapes(33, seed).images[:count]):
+    for i, image in enumerate(make_shapes(33, seed)[0][:count]):
         save_image(image / 255, folder / f"{i:03d}.png")
     return folder
 
@@ -134,7 +155,7 @@ def image_folder(root, classes=("cat", "dog", "eel"), count=11):
 
 def pictures(size):
     """Three images of this size (width, height)."""
-    return [TF.to_pil_image(image).resize(size) for image in make_shapes(33, 0).images[:3]]
+    return [TF.to_pil_image(image).resize(size) for image in make_shapes(33, 0)[0][:3]]
 
 
 def ade(folder):
@@ -191,5 +212,6 @@ def coco(folder, change=lambda content: None):
         (folder / split).mkdir()
         for picture, name in zip(pictures((45, 31)), names.values(), strict=True):
             picture.save(folder / split / name)
-        train_finetune.annotation_file(folder / split).write_text(json.dumps(content))
+        file = folder / "annotations" / f"instances_{split}.json"
+        file.write_text(json.dumps(content))
     return folder

@@ -1,186 +1,79 @@
 """The data: against torchvision and PIL where they do the same, and against what is promised."""
 
 import pickle
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import CPU, write_images
+from conftest import CPU, make_shapes, write_images
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+import common.shapes
 import mirl
 import train_finetune
-import train_pretrain
-from mirl import Images, Names, UserError, make_shapes
+from common import data
+from common.data import AugmentedImages, EpochSampler, ImageSet, batches, file_names
+from mirl import UserError
+
+CROP = v2.RandomResizedCrop(32, (0.2, 1.0))
 
 
 def files(folder):
-    return mirl.load_folder(folder, "train")  # but for the first, which is for validation
+    return data.load_folder(folder, "train")  # but for the first, which is for validation
 
 
-def loader(data, workers=0):
-    args = train_pretrain.parse(["--workers", str(workers)])
-    return train_pretrain.PretrainLoader(data, (32, 32), args, CPU)
+def loader(images, workers=0, batch=8, **keep):
+    """Epochs in two micro-batches each."""
+    sampler = EpochSampler(len(images), batch)
+    return data.make_loader(
+        AugmentedImages(images, CROP, **keep), sampler, batch // 2, workers, CPU
+    )
 
 
-def order(data, epoch=0):
-    return mirl.shuffled(mirl.split_batch(len(data.images), 8, 4, 256), 0, epoch)
+def epoch(one, number):
+    one.sampler.set_epoch(number)
+    return list(batches(one, CPU))
 
 
-# -- the embedded data set --
+# -- the embedded data sets --
 
 
 def test_shapes_are_the_same_every_time():
-    a, b, c = make_shapes(1200, 0), make_shapes(1200, 0), make_shapes(1200, 1)
-    assert a.images.shape == (1200, 3, 32, 32) and a.images.dtype == torch.uint8
-    assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
-    assert not torch.equal(a.images, c.images)
-    assert torch.bincount(a.labels, minlength=16).min() > 40 and len(a.classes) == 16
-    assert a.classes[5] == "square of checks"
+    (a, labels), (b, _), (c, _) = (common.shapes.make_shapes(1200, seed) for seed in (0, 0, 1))
+    assert a.shape == (1200, 3, 32, 32) and a.dtype == torch.uint8
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.bincount(labels, minlength=16).min() > 40 and len(common.shapes.CLASSES) == 16
+    assert common.shapes.CLASSES[5] == "square of checks"
 
 
 def test_shapes_have_hardly_a_flat_patch():
     """Per-patch normalisation would blow the rounding noise of flat patches up to full scale."""
-    patches = mirl.patchify(make_shapes(500, 0).images.float(), 4)
+    patches = mirl.patchify(common.shapes.make_shapes(500, 0)[0].float(), 4)
     gray_levels = patches.unflatten(2, (16, 3)).std(dim=2).amax(dim=2)  # of the liveliest channel
     assert (gray_levels < 1).float().mean() < 0.02
 
 
-# -- cropping --
+def test_the_embedded_splits(monkeypatch):
+    made = []
+
+    def few(count, seed):
+        made.append((count, seed))
+        return make_shapes(33, seed)
+
+    monkeypatch.setattr(data, "make_shapes", few)
+    train, val = (data.load_data("shapes", "", split) for split in ("train", "val"))
+    assert train.classes == val.classes == common.shapes.CLASSES
+    assert train.digest() != val.digest() and made == [(10_000, 0), (1_000, 1)]
 
 
-def crops(monkeypatch, images, box, size):
-    """`random_crops` with this box for every image."""
-    boxes = torch.tensor([box]).float().expand(len(images), 4)
-    monkeypatch.setattr(train_pretrain, "random_boxes", lambda *_: boxes)
-    return train_pretrain.random_crops(images, size)
-
-
-def test_a_crop_of_the_output_size_is_a_copy_or_its_mirror_image(monkeypatch):
-    torch.manual_seed(0)
-    images = torch.randint(256, (40, 3, 20, 30), dtype=torch.uint8)
-    for top, left, h, w in ((3, 5, 9, 7), (0, 0, 20, 30), (19, 0, 1, 30), (8, 26, 12, 4)):
-        out = crops(monkeypatch, images, (top, left, h, w), (h, w))
-        copy = images[:, :, top : top + h, left : left + w].float()
-        same, mirrored = ((out - x).abs().amax((1, 2, 3)) < 0.01 for x in (copy, copy.flip(3)))
-        assert (same ^ mirrored).all() and 8 < same.sum() < 32
-
-
-def test_a_crop_is_enlarged_as_torch_does_it(monkeypatch):
-    """Two pixels from a crop's border on, what lies outside of the crop plays no part."""
-    torch.manual_seed(0)
-    images = torch.randint(256, (9, 3, 20, 30), dtype=torch.uint8)
-    for (top, left, h, w), size, m in (
-        ((0, 0, 20, 30), (60, 45), 0),
-        ((4, 9, 11, 12), (33, 48), 8),
-    ):
-        out = crops(monkeypatch, images, (top, left, h, w), size)
-        box = images[:, :, top : top + h, left : left + w].float()
-        expected = F.interpolate(box, size, mode="bicubic").clamp(0, 255)
-        errors = [
-            (out - x).abs()[:, :, m : size[0] - m, m : size[1] - m].amax((1, 2, 3))
-            for x in (expected, expected.flip(3))
-        ]
-        assert torch.minimum(*errors).max() < 0.01 < torch.maximum(*errors).min()
-
-
-def test_a_ramp_stays_a_ramp(monkeypatch):
-    """Twice enlarged, it climbs by half a step a pixel: bicubic weights are at most 0.05 off."""
-    ramp = (10 * torch.arange(24, dtype=torch.uint8))[:, None].expand(1, 3, 24, 24)
-    out = crops(monkeypatch, ramp, (4, 6, 16, 12), (32, 24))[0] / 10
-    expected = 4 - 0.25 + 0.5 * torch.arange(32.0)  # pixel centres at ∓1/4
-    assert (out - expected[:, None]).abs().max() < 0.05
-
-
-def test_random_boxes_are_those_of_torchvision():
-    """Mean and spread of height and width over many draws, and nothing outside of the image."""
-    torch.manual_seed(0)
-    transform = v2.RandomResizedCrop(1, scale=(0.2, 1.0))
-    image = torch.zeros(3, 40, 24)
-    params = [transform.make_params([image]) for _ in range(4000)]
-    names = ("top", "left", "height", "width")
-    theirs = torch.tensor([[p[n] for n in names] for p in params]).float()
-    ours = train_pretrain.random_boxes(4000, 40, 24, CPU)
-    assert (ours[:, 0] + ours[:, 2] <= 40).all() and (ours[:, 1] + ours[:, 3] <= 24).all()
-    assert (ours >= 0).all() and (ours[:, 2:] >= 1).all()
-    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.5, rtol=0)
-    torch.testing.assert_close(ours.std(0), theirs.std(0), atol=0.5, rtol=0)
-    for hw in ((1, 1), (1, 40), (33, 1)):
-        images = torch.randint(100, 200, (200, 3, *hw), dtype=torch.uint8)
-        out = train_pretrain.random_crops(images, (48, 56))
-        assert out.shape == (200, 3, 48, 56) and out.min() > 50 and out.max() < 250
-
-
-def test_normalisation_is_that_of_torchvision():
-    image = torch.randint(256, (2, 3, 5, 4), dtype=torch.uint8)
-    expected = TF.normalize(image.float() / 255, mirl.IMAGENET_MEAN, mirl.IMAGENET_STD)
-    torch.testing.assert_close(mirl.normalise_images(image), expected)
-
-
-class Varied(Images):
-    """In memory, and every image has a size of its own."""
-
-    def name(self, i):
-        return f"image {i}"
-
-    def read(self, i):
-        return self.images[i]
-
-
-def varied(count):
-    """From 1 x 1 to 40 x 56, some one pixel high or wide, some grey, some of one colour."""
-    g = torch.Generator().manual_seed(0)
-    images = []
-    for i in range(count):
-        h = 1 if i % 7 == 0 else torch.randint(1, 41, (), generator=g).item()
-        w = 1 if i % 11 == 0 else torch.randint(1, 57, (), generator=g).item()
-        image = torch.randint(256, (3, h, w), dtype=torch.uint8, generator=g)
-        image = image[:1].expand(3, h, w) if i % 3 == 0 else image
-        images.append(image[:, :1, :1].expand(3, h, w) if i % 5 == 0 else image)
-    return Varied(images, torch.arange(count) % 5, list("abcde"))
-
-
-RECIPES = [
-    (script, recipe)
-    for script in (train_pretrain, train_finetune)
-    for recipe, values in script.RECIPES.items()
-    if values.get("task", "classify") == "classify"
-]
-
-
-@pytest.mark.parametrize(("script", "recipe"), RECIPES)
-def test_every_recipe_can_use_every_image(script, recipe):
-    """What its augmentation can draw within 2,000 images, at 96 pixels instead of more."""
-    args = script.parse(["--recipe", recipe, "--workers", "0"])
-    side = min(96, max(mirl.model_config(args.model).image_hw))
-    size, data = (side, side), varied(2000)
-    if script is train_pretrain:
-        one, mix = script.PretrainLoader(data, size, args, CPU).files, lambda *batch: batch
-    else:
-        transform = train_finetune.finetune_transform(size, args.randaug)
-        one = mirl.Loader(data, transform, args.seed, CPU, workers=0)
-        mix = train_finetune.mixing(args, 5)
-    transform = one.loader.dataset.transform
-
-    def checked(image):
-        out = transform(image)
-        assert out.dtype == torch.uint8 and out.shape == (3, *size)
-        return out
-
-    one.loader.dataset.transform = checked
-    for images, labels in one.epoch(0, mirl.in_order(2000, 50)):
-        images, labels = mix(images, labels)
-        assert images.shape == (50, 3, *size) and images.isfinite().all() and len(labels) == 50
-
-
-# -- files --
+# -- images and files --
 
 
 def test_every_kind_of_file_is_read_as_pil_reads_it(tmp_path):
-    image = Image.fromarray(make_shapes(1, 0).images[0].permute(1, 2, 0).numpy()).resize((45, 31))
+    image = Image.fromarray(make_shapes(33, 0)[0][0].permute(1, 2, 0).numpy()).resize((45, 31))
     clear = image.copy()
     clear.putalpha(128)
     deep = Image.fromarray(np.arange(31 * 45, dtype=np.uint16).reshape(31, 45))
@@ -189,10 +82,11 @@ def test_every_kind_of_file_is_read_as_pil_reads_it(tmp_path):
     kinds |= {"a.png": image, "grey.png": grey, "palette.png": image.convert("P")}
     kinds |= {"alpha.png": clear, "deep.png": deep, "bits.png": image.convert("1")}
     kinds |= {"a.bmp": image, "a.tiff": image, "a.webp": image, "alpha.webp": clear}
-    kinds |= {"猫 ö.png": image, "png.jpg": image}
+    kinds |= {"猫 ö.png": image, "b\udcff.png": image, "png.jpg": image}  # one is no UTF-8
     for name, kind in kinds.items():
         kind.save(tmp_path / name, "PNG" if name == "png.jpg" else None)
-        got = Images(Names([name]), torch.zeros(1), [], str(tmp_path)).read(0)
+        names = file_names([name, "a name that is longer"])
+        got = ImageSet(names, torch.zeros(2), [], str(tmp_path)).read(0)
         expected = TF.pil_to_tensor(Image.open(tmp_path / name).convert("RGB"))
         assert got.dtype == torch.uint8 and got.shape == (3, 31, 45), name
         assert (got.int() - expected.int()).abs().max() <= (2 if "jpg" in name else 0), name
@@ -206,22 +100,23 @@ def test_what_cannot_be_read_is_none(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("not an image")
     names = ["a.jpg", "a.png", "a.webp", "a.bmp", "empty.png", "text.jpg", "none.png"]
-    data = Images(Names(names), torch.zeros(7), [], str(tmp_path))
-    assert [data.read(i) for i in range(7)] == [None] * 7
+    images = ImageSet(file_names(names), torch.zeros(7), [], str(tmp_path))
+    assert [images.read(i) for i in range(7)] == [None] * 7
+    with pytest.raises(UserError, match=r"--draw: .*/text.jpg cannot be read as an image"):
+        data.read_images("--draw", [str(tmp_path / "text.jpg")])
+    with pytest.raises(UserError, match=r"--draw: there is no file .*/none.png"):
+        data.read_images("--draw", [str(tmp_path / "none.png")])
 
 
-def test_names():
-    names = ["a.png", "", "größe/猫.jpg", "b\udcff.png", "c" * 300]  # one is no UTF-8
-    data = Images(Names(names), torch.zeros(5), [])
-    assert [data.name(i) for i in range(len(data.images))] == names
+def test_the_digest_tells_data_sets_apart():
+    def digest(names="ab", labels=(0, 1), classes="xy", root="here"):
+        images = file_names([f"{name}.png" for name in names])
+        return ImageSet(images, torch.tensor(labels), list(classes), root).digest()
 
-
-def test_the_digest_tells_data_sets_apart(tmp_path):
-    a = Images(Names(["a.png", "b.png"]), torch.tensor([0, 1]), ["x", "y"], "here")
-    assert a._replace(root="there").digest() == a.digest()
-    assert a._replace(images=Names(["a.png", "c.png"])).digest() != a.digest()
-    assert a._replace(labels=torch.tensor([0, 0])).digest() != a.digest()
-    b, c = make_shapes(3, 0), make_shapes(3, 0)
+    assert digest() == digest(root="there")
+    others = {digest(), digest(names="ac"), digest(labels=(0, 0)), digest(classes="xz")}
+    assert len(others) == 4
+    b, c = (ImageSet(*common.shapes.make_shapes(3, 0), []) for _ in range(2))
     assert b.digest() == c.digest()
     c.images[2, 0, 5, 5] += 1
     assert b.digest() != c.digest()
@@ -230,7 +125,7 @@ def test_the_digest_tells_data_sets_apart(tmp_path):
 
 def test_folders(tmp_path):
     def load(name):
-        return (mirl.load_data(str(tmp_path / name), "", split) for split in ("train", "val"))
+        return (data.load_data(str(tmp_path / name), "", split) for split in ("train", "val"))
 
     for folder, count in (("train/cat", 3), ("train/dog", 2), ("val/cat", 1), ("val", 1)):
         write_images(tmp_path / "net" / folder, count)
@@ -238,13 +133,18 @@ def test_folders(tmp_path):
     assert train.labels.tolist() == [0, 0, 0, 1, 1] and train.classes == ["cat", "dog"]
     assert sorted(val.labels.tolist()) == [-1, 0] and val.classes == train.classes
     assert train.name(3) == str(tmp_path / "net/train/dog/000.png") and train.read(3) is not None
+    dog = train.select(torch.tensor([4]))
+    assert dog.name(0).endswith("dog/001.png") and dog.labels.tolist() == [1]
+    for split in ("train", "val"):
+        write_images(tmp_path / "bare" / split, 3)
+    assert all(x.classes == [] and x.labels.tolist() == [-1] * 3 for x in load("bare"))
     write_images(tmp_path / "flat" / "deep" / "deeper", 33)
     write_images(tmp_path / "flat" / "other", 27)
     (tmp_path / "flat" / "notes.txt").write_text("not an image")
     write_images(tmp_path / "half" / "train" / "cat", 3)
     every_fiftieth = (("flat", [58, 2], "other/017.png"), ("half", [2, 1], "cat/000.png"))
     for name, counts, last in every_fiftieth:
-        splits = [{x.name(i) for i in range(len(x.images))} for x in load(name)]
+        splits = [{x.name(i) for i in range(len(x))} for x in load(name)]
         assert [len(names) for names in splits] == counts and not set.intersection(*splits)
         assert max(splits[1]).endswith(last)
 
@@ -255,76 +155,145 @@ def test_folders_that_cannot_be_used(tmp_path):
         files(tmp_path)
     (tmp_path / "a.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="none of the 1 images"):
-        loader(files(tmp_path))
+        loader(files(tmp_path), batch=1)
 
 
-class FakeCIFAR:
-    classes = ("cat", "dog")
-
-    def __init__(self, root, train, download):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(monkeypatch, name):
+    def cifar(root, train, download):
         if root == "offline":
             raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
-        self.data = torch.arange(2 * 32 * 32 * 3).view(2, 32, 32, 3).to(torch.uint8).numpy()
-        self.targets = [1, 0]
+        images = torch.arange(2 * 32 * 32 * 3).view(2, 32, 32, 3).to(torch.uint8).numpy()
+        return Mock(data=images, targets=[1, int(train)], classes=("cat", "dog"))
 
-
-def test_cifar(monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCIFAR)
-    data = mirl.load_data("cifar10", "here", "train")
-    assert data.images.shape == (2, 3, 32, 32) and data.labels.tolist() == [1, 0]
-    assert data.images[0, 2, 0, 1] == 5 and data.classes == ["cat", "dog"]
+    monkeypatch.setattr(f"torchvision.datasets.{name.upper()}", cifar)
+    train, val = (data.load_data(name, "here", split) for split in ("train", "val"))
+    assert train.images.shape == (2, 3, 32, 32) and train.images[0, 2, 0, 1] == 5
+    assert (train.labels.tolist(), val.labels.tolist()) == ([1, 1], [1, 0])
+    assert train.classes == ["cat", "dog"]
     with pytest.raises(UserError, match=r"downloaded into offline .*--data shapes"):
-        mirl.load_data("cifar10", "offline", "train")
+        data.load_data(name, "offline", "train")
 
 
-# -- epochs --
+def test_imagenette_in_its_layout(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+    monkeypatch.setattr("torchvision.datasets.imagenette.download_and_extract_archive", offline)
+    with pytest.raises(UserError, match="--data imagenette could not be downloaded into"):
+        data.load_data("imagenette", str(tmp_path), "train")
+    for folder in ("n03888257", "n01440764", "n03000684"):
+        for split, count in (("train", 4), ("val", 2)):
+            place = tmp_path / "imagenette2-320" / split / folder
+            place.mkdir(parents=True)
+            for i, image in enumerate(make_shapes(33, 0)[0][:count]):
+                TF.to_pil_image(image).save(place / f"{folder}_{i}.JPEG")
+    train, val = (data.load_data("imagenette", str(tmp_path), s) for s in ("train", "val"))
+    assert train.classes == val.classes == ["tench", "chain saw", "parachute"]
+    assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(val.labels) == 6
+    assert "n03000684" in val.name(2) and train.read(11).shape == (3, 32, 32)
+
+
+# -- order --
+
+
+@pytest.mark.parametrize(
+    ("batch", "device", "processes", "expected"),
+    [
+        (4096, None, 1, (256, 16)),
+        (4096, None, 64, (64, 1)),
+        (4096, 128, 8, (128, 4)),
+        (96, None, 3, (32, 1)),
+        (600, None, 1, (200, 3)),
+        (4096, 100, 1, "--device-batch-size 100 .*try 64"),
+        (64, 256, 1, "--device-batch-size 256 .*try 64"),
+        (100, None, 8, r"--batch-size 100 .*8 processes: try (96|104)"),
+    ],
+)
+def test_micro_batches_come_out_even_or_say_what_would(
+    monkeypatch, batch, device, processes, expected
+):
+    monkeypatch.setattr(data, "WORLD_SIZE", processes)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            data.micro_batches(batch, device, 256)
+    else:
+        assert data.micro_batches(batch, device, 256) == expected
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 40])
 def test_processes_share_an_epoch(monkeypatch, processes):
     """Step by step they see together the images of one process; in validation, all, once."""
     batch = 12 if processes < 40 else 40
-    split = mirl.split_batch(50, batch, None, 256)
-    whole = mirl.shuffled(split, 0, 1)
-    assert len(whole) == 50 // batch and len(whole.unique()) == whole.numel()
-    assert not torch.equal(whole.flatten(), mirl.shuffled(split, 0, 2).flatten())
-    monkeypatch.setattr(mirl, "WORLD_SIZE", processes)
+
+    def order(number, *sampler):
+        sampler = EpochSampler(*sampler)
+        sampler.set_epoch(number)
+        assert {e for e, _ in sampler} <= {number} and len(sampler) == len(list(sampler))
+        return torch.tensor([i for _, i in sampler])
+
+    whole, steps = order(1, 50, batch), 50 // batch
+    assert len(whole) == len(whole.unique()) == steps * batch
+    assert not torch.equal(whole, order(2, 50, batch))
+    assert not torch.equal(whole, order(1, 50, batch, 1))
+    monkeypatch.setattr(data, "WORLD_SIZE", processes)
     shares, seen = [], []
     for rank in range(processes):
-        monkeypatch.setattr(mirl, "RANK", rank)
-        split = mirl.split_batch(50, batch, None, 2)
-        mine = mirl.shuffled(split, 0, 1)
-        assert mine.shape == (split.steps * split.accumulation, split.device_batch_size)
-        assert torch.equal(mine, mirl.shuffled(split, 0, 1))
-        shares.append(mine.view(split.steps, -1))
-        seen += [i for batch in mirl.in_order(33, 4) for i in batch]
-    assert torch.equal(torch.cat(shares, dim=1).sort(dim=1)[0], whole.sort(dim=1)[0])
+        monkeypatch.setattr(data, "RANK", rank)
+        shares.append(order(1, 50, batch).view(steps, batch // processes))
+        seen += order(3, 33).tolist()
+    together = torch.cat(shares, dim=1).sort(dim=1)[0]
+    assert torch.equal(together, whole.view(steps, batch).sort(dim=1)[0])
     assert sorted(seen) == list(range(33))
+    with pytest.raises(UserError, match="--batch-size 51 is larger than the 50 training images"):
+        EpochSampler(50, 51)
 
 
-def test_batches_of_files_do_not_depend_on_the_workers(tmp_path):
-    data = files(write_images(tmp_path, 21))
-    one, two = loader(data), loader(data, workers=2)
-    before = torch.get_rng_state()
-    for epoch in (0, 1):
-        batches = list(one.epoch(epoch, order(data)))
-        assert len(batches) == 4 and batches[0].shape == (4, 3, 32, 32)
-        again = two.epoch(epoch, order(data))
-        assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
-    assert not torch.equal(batches[0], next(one.epoch(0, order(data))))
-    assert torch.equal(before, torch.get_rng_state())  # the masks' random numbers stay apart
+# -- the loader --
+
+
+class Several(ImageSet):
+    """In memory, and every image has a size of its own; some bring a target along."""
+
+    def read(self, i):
+        return self.images[i]
+
+    def name(self, i):
+        return f"image {i}"
+
+
+def test_images_of_several_sizes_and_targets_of_any_kind():
+    sizes = [(4, 5), (4, 5), (3, 5), (4, 4)]
+    images = [torch.full((3, *size), 10 * i, dtype=torch.uint8) for i, size in enumerate(sizes)]
+    found = [(image, {"boxes": torch.ones(i, 4)}) for i, image in enumerate(images)]
+
+    def given(images, labels, transform, keep):
+        one = AugmentedImages(Several(images, torch.tensor(labels), []), transform, 0, keep)
+        return one, list(batches(data.make_loader(one, EpochSampler(4), 2, 0, CPU), CPU))
+
+    found[1] = None
+    pair, [(x, targets), (y, others)] = given(found, [0] * 4, lambda x, y: (x, y), False)
+    assert [image.shape[1:] for image in x] == [(4, 5), (3, 5)] and targets[1] is None
+    assert [len(target["boxes"]) for target in [targets[0], *others]] == [0, 2, 3]
+    assert pair.broken == {"image 1"}
+    for keep, expected in ((True, [5, 7]), (False, [5, -1])):
+        _, [(_, labels), _] = given([images[0], None, *images[2:]], [5, 6, 7, 8], lambda x: x, keep)
+        assert labels.tolist() == expected
+    _, [(x, _), (y, _)] = given(images, [0] * 4, lambda x: x, True)
+    assert x.shape == (2, 3, 4, 5) and isinstance(y, list)  # stacked where they are alike
+    torch.testing.assert_close(y[1], data.normalise_images(images[3]))
 
 
 def test_what_worker_processes_do_can_be_sent_to_them(tmp_path):
     """They are not forked on macOS, nor by Python from 3.14 on."""
-    dataset = loader(files(write_images(tmp_path))).files.loader.dataset
-    transforms = [mirl.whole_image((32, 32)), train_finetune.finetune_transform((32, 32), 9.0)]
-    transforms += [train_finetune.segment_transform(64, training) for training in (False, True)]
-    transforms += [train_finetune.detect_transform(training) for training in (False, True)]
-    for transform in transforms:
-        assert repr(pickle.loads(pickle.dumps(transform))) == repr(transform)
+    dataset = loader(files(write_images(tmp_path))).dataset
     again = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(again[0, 3][0], dataset[0, 3][0])
+    args = train_finetune.parse(["--from", "scratch"])
+    for task in train_finetune.TASKS.values():
+        for training in (False, True):
+            made = task(args, CPU).transform(mirl.Config(), training)
+            assert repr(pickle.loads(pickle.dumps(made))) == repr(made)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -335,28 +304,32 @@ def test_a_corrupt_image_is_replaced_named_once_and_counted(tmp_path, capsys, wo
     (folder / "007.png").write_bytes(whole[: len(whole) // 2])
     (folder / "009.png").write_bytes(whole[:500] + bytes(20) + whole[520:])
     bad = ["003.png", "007.png", "009.png"]
-    data = files(folder)
-    one = loader(data, workers=workers)
-    for epoch in range(3):
-        assert sum(len(batch) for batch in one.epoch(epoch, order(data))) == 16
+    one = loader(files(folder), workers=workers)
+    for number in range(3):
+        assert sum(len(images) for images, _ in epoch(one, number)) == 16
     printed = capsys.readouterr().out.splitlines()
     told = "warning: {} cannot be read: another image is in its place"
     assert printed == [told.format(folder / name) for name in bad]
-    assert len(one.corrupt) == len(bad)
+    assert one.dataset.broken == {str(folder / name) for name in bad}
 
 
-def test_files_that_vanish_during_a_run_are_an_error(tmp_path):
-    data = files(write_images(tmp_path, 9))
-    one = loader(data)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_files_that_vanish_during_a_run_are_an_error(tmp_path, workers):
+    one = loader(files(write_images(tmp_path, 9)), workers)
     for path in tmp_path.iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="can no longer be read"):
-        next(one.epoch(0, order(data)))
+    with pytest.raises(UserError, match=r"/\d+.png and what follows it can no longer be read\s*$"):
+        epoch(one, 0)
 
 
-def test_fixed_images_are_whole_and_in_order(tmp_path):
-    data = make_shapes(9, 0)
-    picked = mirl.fixed_images(data, (32, 32), 3)
-    expected = mirl.normalise_images(data.images[[0, 4, 8]])
+def test_validation_images_are_whole_and_in_order(tmp_path):
+    shapes = ImageSet(*make_shapes(33, 0), [])
+    picked = data.validation_images(shapes, (32, 32), 3)
+    expected = data.normalise_images(shapes.images[[0, 16, 32]])
     torch.testing.assert_close(picked, expected, atol=1e-4, rtol=1e-4)
-    assert len(mirl.fixed_images(files(write_images(tmp_path, 6)), (32, 32), 8)) == 5
+    assert len(data.validation_images(files(write_images(tmp_path, 6)), (32, 32), 8)) == 5
+    # a large crop's short side is 256/224 of it: left of this ramp's middle are 48 of 110 pixels
+    ramp = torch.arange(240, dtype=torch.uint8).expand(3, 120, 240)
+    for side, left in ((96, 120 * (1 - 48 / 110)), (60, 60)):
+        crop = data.center_crop((side, side))(ramp)
+        assert crop.shape == (3, side, side) and abs(int(crop[0, 0, 0]) - left) < 1.5

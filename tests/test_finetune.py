@@ -1,8 +1,7 @@
-"""Fine-tuning: RandAug, layer decay, the moving average, loading, and train_finetune.py."""
+"""train_finetune.py from end to end, beside a trainer of a few plain lines."""
 
-import copy
-import dataclasses
 import functools
+import hashlib
 import json
 import math
 
@@ -12,26 +11,29 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import (
-    CPU,
-    ROOT,
-    TORCHRUN,
+    ade,
+    assert_same_run,
+    at_batch,
     image_folder,
+    interrupt,
     last_line,
-    launch,
+    make_shapes,
     metrics,
+    start,
     stored,
+    succeed,
     write_images,
 )
-from PIL import ImageEnhance, ImageOps
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms import v2
 
 import mirl
 import train_finetune
 import train_pretrain
-from mirl import UserError
+from common.checkpoint import load_file, save_model
+from tasks.classification import Classification, RandAugment
 
+USUAL = ["--device", "cpu", "--workers", "0"]
 TINY = [*conftest.TINY, "--workers", "0", "--train-images", "32", "--from", "scratch"]
-AUGMENTATIONS = train_finetune.AUGMENTATIONS
 finetune = functools.partial(conftest.run, train_finetune, *TINY)
 
 
@@ -40,405 +42,406 @@ def vit(**overrides):
     return mirl.build_vit("vit_nano", **overrides)
 
 
-# -- RandAug --
+def perturbed(model):
+    """Every parameter moved, so that none is as it starts, and the logits are not all alike."""
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model
 
 
-def test_randaug_applies_half_of_its_operations_near_nine(monkeypatch):
-    torch.manual_seed(0)
-    seen = []
-    for name in AUGMENTATIONS:
-        monkeypatch.setitem(AUGMENTATIONS, name, lambda x, s, n=name: seen.append((n, s)))
-    randaug = train_finetune.RandAugment(9.0)
-    for _ in range(4000):
-        randaug(None)
-    assert len(seen) == pytest.approx(4000, abs=4 * math.sqrt(2000))  # 8000 · 1/2
-    strengths = torch.tensor([s for _, s in seen])
-    assert strengths.mean() == pytest.approx(0.9, abs=0.01) and strengths.max() == 1
-    assert strengths[strengths < 1].std() == pytest.approx(0.05, abs=0.01)
-    assert {n for n, _ in seen} == set(AUGMENTATIONS) and len(AUGMENTATIONS) == 15
+def normalised(images):
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return (images / 255 - mean) / std
 
 
-def test_randaug_is_not_that_of_torchvision():
-    """Its rotation at 9 is 27 degrees; that of torchvision's RandAugment(2, 9) is 9."""
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    image[:, 30:34] = 255  # a horizontal bar
-    turned = AUGMENTATIONS["rotate"](image, 0.9)[0] > 200
-    a, b = (turned[:, column].nonzero().float().mean() for column in (20, 43))
-    assert abs(math.degrees(math.atan((b - a) / 23))) == pytest.approx(27, abs=4)
+# -- the training, beside a trainer in plain loops --
+
+# 30 images in batches of 8: three steps an epoch, six images left out
+FLAGS = dict(train_images=30, batch_size=8, epochs=2, warmup_epochs=0.7, lr=3e-3, seed=3)
+FLAGS |= dict(layer_decay=0.6, weight_decay=0.3, label_smoothing=0.2, drop_path=0.3, ema_decay=0.9)
+FLAGS = [x for k, v in FLAGS.items() for x in ("--" + k.replace("_", "-"), str(v))]
+CLIP = 0.5
 
 
-NO_STRENGTH = ("autocontrast", "equalize", "invert")
+def seed_of(*key):
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") // 2
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_every_operation_grows_with_its_strength_at_every_size(name, monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(train_finetune, "random_sign", lambda strength: strength)
-    for hw in ((1, 1), (33, 17), (20, 1), (32, 32)):
-        image = torch.randint(256, (3, *hw), dtype=torch.uint8)
-        for strength in (0.0, 0.05, 0.5, 0.999, 1.0):
-            out = AUGMENTATIONS[name](image, strength)
-            assert out.dtype == torch.uint8 and out.shape == image.shape
-            if not strength and name not in (*NO_STRENGTH, "posterize"):  # which leaves 4 bits
-                assert torch.equal(out, image)
-    image = mirl.make_shapes(33, 0).images[0]
-    out = [AUGMENTATIONS[name](image, strength).float() for strength in (0.3, 0.9)]
-    weak, strong = ((x - image).abs().mean() for x in out)
-    assert strong == weak > 0 if name in NO_STRENGTH else strong > weak > 0
+def permutation(n, *key):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*key)))
 
 
-@pytest.mark.parametrize("strength", [-1, -0.999, -0.5, -0.05, 0, 0.05, 0.5, 0.999, 1])
-def test_operations_against_those_of_pil(monkeypatch, strength):
-    torch.manual_seed(0)
-    s = abs(strength)
-    monkeypatch.setattr(train_finetune, "random_sign", lambda _: strength)
-    pil = dict(
-        autocontrast=ImageOps.autocontrast,
-        equalize=ImageOps.equalize,
-        invert=ImageOps.invert,
-        posterize=lambda x: ImageOps.posterize(x, max(1, 4 - int(4 * s))),
-        solarize=lambda x: ImageOps.solarize(x, 256 - int(256 * s)),
-    )
-    for name in ("color", "contrast", "brightness", "sharpness"):
-        enhance = getattr(ImageEnhance, name.title())
-        pil[name] = lambda x, enhance=enhance: enhance(x).enhance(1 + 0.9 * strength)
-    exact = ("equalize", "invert", "posterize", "solarize")
-    images = [*mirl.make_shapes(33, 0).images[:4], torch.full((3, 5, 5), 77, dtype=torch.uint8)]
-    images += [torch.randint(n, (3, 33, 17), dtype=torch.uint8) for n in (20, 256)]
-    for name, operation in pil.items():
-        for image in images:
-            theirs = TF.pil_to_tensor(operation(TF.to_pil_image(image))).int()
-            ours = AUGMENTATIONS[name](image, s).int()
-            assert (ours - theirs).abs().max() <= (name not in exact), name
+def by_hand(weights, processes, size, clip=None, randaug=0, ema=0.9):
+    """What `FLAGS` ask for, with micro-batches of this size in so many processes: the model, its
+    average, and (loss, lr, gradient norm) of each step."""
+    model = vit(num_classes=16, drop_path=0.3)
+    model.load_state_dict(weights)
+    named = dict(model.named_parameters())
+    average = {name: p.detach().clone() for name, p in named.items()}
+    groups = []
+    for name, p in named.items():  # of 6 blocks, so the head is layer 7
+        layer = 0 if name.startswith(("cls_token", "patch_embed")) else 7
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
+        decay = 0.3 if p.ndim > 1 and name != "cls_token" else 0
+        groups.append(dict(params=[p], peak=3e-3 * 0.6 ** (7 - layer), weight_decay=decay))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=False)
+
+    images, labels = (x[permutation(33, "images", 3)[:30]] for x in make_shapes(33, 0))
+    transform = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+    transform = v2.Compose(transform + [RandAugment(randaug)] * (randaug > 0))
+    steps = []
+    for epoch in range(2):
+        order = permutation(30, "order", 3, epoch)[:24]
+        crops = {}
+        for i in order.tolist():
+            torch.manual_seed(seed_of("file", 3, epoch, i))
+            crops[i] = normalised(transform(images[i]))
+        model.train()
+        random = []  # of each process, what decides which paths are dropped
+        for rank in range(processes):
+            torch.manual_seed(seed_of("epoch", 3, epoch, rank))
+            random.append(torch.get_rng_state())
+        for step in range(3):
+            losses, gradients = [], []
+            for rank in range(processes):
+                torch.set_rng_state(random[rank])
+                optimizer.zero_grad()
+                mine = order[rank::processes].view(3, -1, size)[step].tolist()
+                for batch in mine:
+                    logs = model(torch.stack([crops[i] for i in batch])).log_softmax(dim=1)
+                    loss = -0.8 * logs[range(size), labels[batch]].mean() - 0.2 * logs.mean()
+                    (loss / len(mine)).backward()
+                    losses.append(loss.item())
+                random[rank] = torch.get_rng_state()
+                gradients.append([p.grad.clone() for p in named.values()])
+            for p, *parts in zip(named.values(), *gradients, strict=True):
+                p.grad = sum(parts) / processes
+            norm = math.sqrt(sum(p.grad.square().sum().item() for p in named.values()))
+            done = 3 * epoch + step  # warm-up: 0.7 · 3 are 2 of the 6 steps
+            factor = (done + 1) / 2 if done < 2 else 0.5 + 0.5 * math.cos(math.pi * (done - 2) / 4)
+            for group, p in zip(optimizer.param_groups, named.values(), strict=True):
+                group["lr"] = factor * group["peak"]
+                p.grad *= min(1, clip / norm) if clip else 1
+            optimizer.step()
+            decay = min(ema, (1 + done) / (10 + done))
+            for name, p in named.items():
+                average[name] = decay * average[name] + (1 - decay) * p.detach()
+            steps.append((sum(losses) / len(losses), factor * 3e-3, norm))
+    return model.eval(), average, steps
 
 
-def test_what_is_moved_leaves_grey():
-    """Half of the strength shifts by 0.225 of a side, and ImageNet's mean comes in."""
-    white = torch.full((3, 41, 20), 255, dtype=torch.uint8)
-    for name, count in (("translate_x", 4 * 41), ("translate_y", 9 * 20)):
-        out = AUGMENTATIONS[name](white, 0.5)
-        assert (out.movedim(0, 2) == torch.tensor([124, 116, 104])).all(dim=2).sum() == count
-        assert (out == 255).sum() == 3 * (41 * 20 - count)
-
-
-def test_small_images_are_padded_and_cropped_large_ones_cropped_and_resized():
-    """A 32-pixel image keeps its scale: each row of a crop is a row of the image, or padding."""
-    torch.manual_seed(0)
-    image = (torch.arange(32, dtype=torch.uint8) * 8)[:, None].expand(3, 32, 32)
-    small, large = (train_finetune.finetune_transform(size, 0) for size in ((32, 32), (96, 80)))
-    tops = set()
-    for _ in range(50):
-        values = small(image)[0, :, 16].int() / 8
-        step = values.diff()[(values[1:] > 0) & (values[:-1] > 0)]
-        assert (step == 1).all()
-        tops.add(values[values > 0][0].item() - (values > 0).int().argmax().item())
-    assert tops == set(range(-4, 5))
-    assert large(image).shape == (3, 96, 80)
-
-
-# -- mixing, the loss --
-
-
-def mixing(*flags):
-    return train_finetune.mixing(train_finetune.parse([*TINY, *flags]), 4)
-
-
-def test_mixed_targets_with_smoothing_by_hand():
-    """λ·one-hot of the image + (1 − λ)·one-hot of its neighbour, then 0.1 spread over all."""
-    torch.manual_seed(0)
-    images, labels = torch.rand(3, 3, 8, 8), torch.tensor([0, 2, 3])
-    mixed, targets = mixing("--mixup", "0.8", "--cutmix", "0")(images, labels)
-    lam = targets[0, 0].item()
-    for i in range(3):
-        torch.testing.assert_close(mixed[i], lam * images[i] + (1 - lam) * images[i - 1])
-    logits = torch.randn(3, 4)
-    by_hand = 0.0
-    for i in range(3):
-        for c in range(4):
-            target = lam * (labels[i] == c) + (1 - lam) * (labels[i - 1] == c)
-            target = 0.9 * target + 0.1 / 4
-            by_hand -= target * (logits[i, c] - logits[i].exp().sum().log()) / 3
-    torch.testing.assert_close(train_finetune.loss_function(logits, targets, 0.1), by_hand)
-
-
-def test_mixing_alternates_between_mixup_and_cutmix():
-    torch.manual_seed(0)
-    mix, off = mixing("--mixup", "0.8", "--cutmix", "1.0"), mixing("--mixup", "0", "--cutmix", "0")
-    images = torch.arange(2.0)[:, None, None, None].expand(2, 3, 16, 16)
-    cut = sum(len(mix(images, torch.tensor([0, 1]))[0][0].unique()) == 2 for _ in range(300))
-    assert 100 < cut < 200
-    assert off(1, 2) == (1, 2)
-
-
-def test_erasing_puts_a_box_of_noise_into_each_image():
-    torch.manual_seed(0)
-    erase = mixing("--mixup", "0", "--cutmix", "0", "--erasing", "0.5")
-    images, _ = erase(torch.zeros(200, 3, 32, 32), torch.zeros(200))
-    boxes = [box for box in (images != 0).all(dim=1) if box.any()]
-    assert all(torch.equal(b, b.any(dim=1)[:, None] & b.any(dim=0)) for b in boxes)
-    assert 60 < len(boxes) < 140 and len({b.sum().item() for b in boxes}) > 20  # each its own
-    assert images[images != 0].std() == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.5])
-def test_the_first_loss_of_a_run_by_hand(tmp_path, smoothing):
-    model = vit(num_classes=16)
-    nn.init.normal_(model.head.weight, std=0.2)
-    path = stored(tmp_path / "a.pth", model.state_dict())
-    flags = ["--from", path, "--label-smoothing", str(smoothing)]
-    assert finetune(*flags, "--epochs", 1, "--log-every", 1, "--out", tmp_path / "run") == 0
-    args = train_finetune.parse([*TINY, *flags])
-    data, split = train_finetune.labelled(args, "train"), mirl.split_batch(32, 8, None, 8)
-    transform = train_finetune.finetune_transform((32, 32), 0)
-    loader = mirl.Loader(data, transform, args.seed, CPU, workers=0)
-    images, labels = next(loader.epoch(0, mirl.shuffled(split, args.seed, 0).tolist()))
+def assert_trained(out, expected, log_every):
+    model, average, steps = expected
+    for name, weights in (("raw", dict(model.named_parameters())), ("ema", average)):
+        found = load_file(out / f"{name}-last.pt")["model"]
+        for key, value in weights.items():
+            found_, value = found[key], value.detach()
+            if key.endswith("qkv.bias"):  # that of the keys changes nothing: its gradient is noise
+                found_, value = found_.view(3, -1)[[0, 2]], value.view(3, -1)[[0, 2]]
+            torch.testing.assert_close(found_, value, rtol=0, atol=1e-5, msg=lambda m, k=key: k + m)
+    since = 0
+    for record in metrics(out, "step"):
+        losses = [loss for loss, _, _ in steps[since : record["step"]]]
+        _, lr, norm = steps[record["step"] - 1]
+        assert record["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert record["lr"] == pytest.approx(lr) and record["grad_norm"] == pytest.approx(
+            norm, 1e-4
+        )
+        since = record["step"]
+    logged = [r["step"] for r in metrics(out, "step")]
+    assert logged == [s for s in range(1, 7) if s % log_every == 0 or s % 3 == 0]
+    for epoch, record in enumerate(metrics(out, "epoch")):
+        losses = [loss for loss, _, _ in steps[3 * epoch :][:3]]
+        assert record["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    images, labels = make_shapes(33, 1)  # all of them, as they are
     with torch.no_grad():
-        logs = model(images).log_softmax(dim=1)
-    expected = -(1 - smoothing) * logs[range(8), labels].mean() - smoothing * logs.mean()
-    assert metrics(tmp_path / "run", "step")[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        logits = model(normalised(images))
+    top1 = 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+    assert record["raw_top1"] == pytest.approx(top1) and record["raw_val_images"] == 33
+    assert record["raw_val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
-# -- layer decay, the moving average --
+@pytest.fixture(scope="module")
+def begin():
+    """The weights that runs begin with."""
+    return perturbed(vit(num_classes=16)).state_dict()
 
 
-def test_layer_decay_of_every_parameter():
-    model = vit()  # 6 blocks, n = 7
-    groups = mirl.parameter_groups(model, 2.0, 0.05, train_finetune.layer_decay(0.5, 6))
-    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-    for name, p in model.named_parameters():
-        layer = 7
-        if name in ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias"):
-            layer = 0
-        elif name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        weight_decay = 0.05 if p.ndim > 1 and name != "cls_token" else 0
-        assert rates[id(p)] == (2.0 * 0.5 ** (7 - layer), weight_decay), name
-    assert len(rates) == len(list(model.parameters()))
+def test_a_run_by_hand(tmp_path, begin):
+    flags = ["--from", stored(tmp_path / "a.pth", begin), "--out", tmp_path / "run"]
+    assert finetune(*flags, *FLAGS, "--log-every", 4, "--randaug", 9) == 0
+    assert_trained(tmp_path / "run", by_hand(begin, 1, 8, randaug=9), 4)
 
 
-def test_the_moving_average_follows_its_formula(tmp_path):
-    """decay(t) = min(decay, (1 + t)/(10 + t)) for t = 0, 1, …, the first of them in a run."""
-    for t in range(30):
-        assert train_finetune.ema_decay(0.5, t + 1) == min(0.5, (1 + t) / (10 + t))
-    start = vit(num_classes=16)
-    path, out = stored(tmp_path / "a.pth", start.state_dict()), tmp_path / "run"
-    once = ["--batch-size", 32, "--epochs", 1, "--warmup-epochs", 1, "--ema-decay", 0.5]
-    assert finetune("--from", path, "--out", out, *once) == 0
-    raw, ema = (mirl.load_file(out / f"{name}-last.pt")["model"] for name in ("raw", "ema"))
-    for name, p in start.named_parameters():
-        assert not torch.equal(raw[name], p), name
-        torch.testing.assert_close(ema[name], 0.1 * p.detach() + 0.9 * raw[name])
+def test_accumulation_clipping_and_the_loss_scaler_by_hand(tmp_path, monkeypatch, begin):
+    """The scaler is for fp16 on a GPU; with gradients 1024 times as large it changes nothing."""
+    Scaler, asked = torch.amp.GradScaler, []
+
+    def scaler(device, enabled):
+        asked.append(enabled)
+        return Scaler(device, init_scale=1024)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    flags = ["--from", stored(tmp_path / "a.pth", begin), "--out", tmp_path / "run"]
+    more = ["--device-batch-size", 4, "--clip-grad", CLIP, "--log-every", 1, "--ema-decay", 0.35]
+    assert finetune(*flags, *FLAGS, *more) == 0
+    expected = by_hand(begin, 1, 4, CLIP, ema=0.35)
+    assert max(norm for _, _, norm in expected[2]) > 2 * CLIP and asked == [False]
+    assert_trained(tmp_path / "run", expected, 1)
+    assert load_file(tmp_path / "run" / "checkpoint.pt")["scaler"]["scale"] == 1024
 
 
-# -- loading --
+class WithBatchNorm(Classification):
+    """A model whose buffers are another's in every process."""
+
+    def model(self, vit, classes, head_width):
+        vit = super().model(vit, classes, head_width)
+        model = nn.Sequential(nn.BatchNorm2d(3, affine=False), vit)
+        model.config = vit.config
+        return model
 
 
-HEAD = ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
+WORKER = """
+import contextlib
+from pathlib import Path
+import train_finetune, test_finetune
+from common.distributed import RANK, process_group
+
+with process_group("cpu") as device:  # torch cannot join a group twice
+    train_finetune.process_group = lambda flag: contextlib.nullcontext(device)
+    train_finetune.main({0})
+    train_finetune.TASKS["classify"] = test_finetune.WithBatchNorm
+    train_finetune.main({1})
+    train_finetune.say = lambda text: RANK or Path("{told}").write_text(text)
+    train_finetune.main({2})
+"""
+
+
+def test_two_processes_by_hand(tmp_path, begin, capsys):
+    path = stored(tmp_path / "a.pth", begin)
+    trained = [*TINY, "--from", path, *FLAGS, "--device-batch-size", 2, "--log-every", 4]
+    normed = [*TINY, "--epochs", 1, "--ema-decay", 0.3, "--lr", 1e-3, "--out", tmp_path / "normed"]
+    probed = [*TINY, "--from", path, "--protocol", "knn"]
+    trained += ["--out", tmp_path / "run"]
+    lines = [[str(flag) for flag in line] for line in (trained, normed, probed)]
+    succeed(start(WORKER.format(*lines, told=tmp_path / "told"), world=2))
+    assert_trained(tmp_path / "run", by_hand(begin, 2, 2), 4)
+
+    # an evaluation sees in both processes the buffers that are saved
+    [epoch] = metrics(tmp_path / "normed", "epoch")
+    images, labels = make_shapes(33, 1)
+    for name in ("raw", "ema"):
+        model = nn.Sequential(nn.BatchNorm2d(3, affine=False), vit(num_classes=16)).eval()
+        model.load_state_dict(load_file(tmp_path / "normed" / f"{name}-last.pt")["model"])
+        with torch.no_grad():
+            loss = F.cross_entropy(model(normalised(images)), labels).item()
+        assert epoch[f"{name}_val_loss"] == pytest.approx(loss, rel=1e-6)
+
+    # a probe of all images is that of one process
+    assert finetune(*probed) == 0
+    assert json.loads((tmp_path / "told").read_text()) == last_line(capsys)
+
+
+def test_scratch_begins_with_the_weights_of_the_seed(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    flags = ["--seed", 5, "--lr", 1e-30, "--epochs", 1, "--out", tmp_path / "run", "--compile"]
+    assert finetune(*flags) == 0 and len(compiled) == 1
+    torch.manual_seed(5)
+    expected = mirl.build_vit("vit_nano", num_classes=16).state_dict()
+    found = load_file(tmp_path / "run" / "raw-last.pt")["model"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-20)
+
+
+def test_layer_decay_counts_the_layers_of_a_model_around_the_vit():
+    layers = {"vit.cls_token": 0, "body.vit.patch_embed.proj.bias": 0, "vit.blocks.0.norm1.bias": 1}
+    layers |= {"vit.blocks.11.mlp.fc1.weight": 12, "head.weight": 13, "blocks_of_head.weight": 13}
+    for name, layer in layers.items():
+        assert train_finetune.layer_decay(0.5, 12)(name) == 0.5 ** (13 - layer), name
+
+
+# -- what a run leaves --
+
+
+def test_the_best_are_kept_by_the_tasks_score(tmp_path, monkeypatch, capsys):
+    """Of several epochs with one score the first; what else is measured decides nothing."""
+    scores = [(50, 30), (70, 60), (70, 80), (60, 80)]  # top-1 of the weights and their average
+    weights = []
+
+    def evaluate(self, models, loader):
+        weights.append([{k: v.clone() for k, v in model.state_dict().items()} for model in models])
+        top1 = scores[len(weights) - 1]
+        return [dict(top1=x, top5=100 - x, val_loss=x, val_images=33) for x in top1]
+
+    monkeypatch.setattr(Classification, "evaluate", evaluate)
+    out = tmp_path / "run"
+    assert finetune("--out", out, "--epochs", 4, "--batch-size", 32, "--lr", 1e-3) == 0
+    for name, i, best in (("raw", 0, 2), ("ema", 1, 3)):
+        for which, epoch in (("best", best), ("last", 4)):
+            saved = load_file(out / f"{name}-{which}.pt")
+            assert (saved["epoch"], saved["top1"]) == (epoch, scores[epoch - 1][i])
+            torch.testing.assert_close(saved["model"], weights[epoch - 1][i], rtol=0, atol=0)
+            assert saved["task"] == "classify" and len(saved["classes"]) == 16
+    said = f"done: the best model is {out / 'ema-best.pt'}, top1 80.00 % after epoch 3"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert [e["ema_top5"] for e in metrics(out, "epoch")] == [70, 40, 20, 20]
+
+
+AUGMENTED = ["--randaug", 9, "--mixup", 0.8, "--cutmix", 1, "--erasing", 0.25, "--drop-path", 0.1]
+
+
+def test_resume_is_exact(tmp_path, capsys):
+    flags = [*AUGMENTED, "--ema-decay", 0.5, "--lr", 2e-3]
+    assert finetune(*flags, "--out", tmp_path / "whole") == 0
+    done = capsys.readouterr().out.splitlines()[-1]
+    stopped = [*flags, "--out", tmp_path / "run"]
+    with at_batch(train_finetune, 1, 1, interrupt):
+        assert finetune(*stopped) == 130
+    assert finetune(*stopped) == 2 and "already holds a run" in capsys.readouterr().err
+    for _ in range(2):  # once more, and there is nothing left to do
+        # --from plays no part any more
+        assert finetune(*stopped, "--resume", "--workers", 1, "--from", "/no/file") == 0
+    files = ["raw-last.pt", "ema-last.pt", "raw-best.pt", "ema-best.pt", "checkpoint.pt"]
+    assert_same_run(tmp_path / "whole", tmp_path / "run", *files)
+    assert capsys.readouterr().out.splitlines()[-1] == done.replace("whole", "run")
+    assert finetune(*stopped, "--resume", "--layer-decay", 0.5) == 2
+    assert "layer_decay 0.75 -> 0.5" in capsys.readouterr().err
+
+
+def test_nothing_is_saved_of_an_epoch_that_ruins_the_weights(tmp_path, monkeypatch, capsys):
+    original = nn.utils.clip_grad_norm_
+
+    def ruin(parameters, *args):  # at the last step of an epoch, which is logged
+        norm = original(parameters, *args)
+        parameters[0].grad *= math.nan
+        return norm
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", ruin)
+    assert finetune("--log-every", 99, "--out", tmp_path / "run") == 1
+    assert "a weight after step 4 (epoch 1) is not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 def test_what_pre_training_leaves_is_taken_up(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train_pretrain.main(["--epochs", "1", "--batch-size", "8", "--device", "cpu"])
+    train_pretrain.main(["--epochs", "1", "--batch-size", "8", *USUAL])
     args = train_finetune.parse([])
     assert args.from_ == "runs/mirl-quick/encoder.pt" and args.out == "runs/finetune-quick"
-    encoder = mirl.load_file(args.from_)["model"]
-    for path in (args.from_, "runs/mirl-quick/checkpoint.pt"):
-        capsys.readouterr()
-        model = vit()
-        assert mirl.load_encoder(model, path) == HEAD
-        report = capsys.readouterr().out
-        assert f"76 of 80 tensors from {path}; at random: fc_norm.weight," in report
-        assert "unused: norm.weight, norm.bias" in report
-        for key, value in encoder.items():
-            assert key.startswith("norm.") or torch.equal(model.state_dict()[key], value), key
-    assert finetune("--from", args.from_, "--ema-decay", 0) == 0
+    capsys.readouterr()
+    assert conftest.run(train_finetune, *USUAL, "--train-images", 32, "--epochs", 4) == 0
     assert f"76 of 80 tensors from {args.from_}" in capsys.readouterr().out
-    assert not list((tmp_path / args.out).glob("ema*"))
+    assert train_finetune.parse(["--recipe", "cifar10"]).from_ == "scratch"
+    short = ["--from", stored(tmp_path / "short.pth", vit(depth=4).state_dict()), "--out", "no-ema"]
+    assert finetune(*short, "--ema-decay", 0) == 2
+    assert finetune(*short, "--ema-decay", 0, "--truncated") == 0
+    assert "at random: blocks.4, blocks.5" in capsys.readouterr().out
+    assert not list((tmp_path / "no-ema").glob("ema*"))
 
 
-def test_loading_timm_and_mae_names(tmp_path):
-    """As MAE publishes them: under "model", with a decoder and a position table, no head."""
-    state = vit(pool="none").state_dict()
-    state |= {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.weight": torch.ones(8)}
-    mae = stored(tmp_path / "mae.pth", {"model": state})
-    assert mirl.load_encoder(vit(), mae) == HEAD
-    assert mirl.load_encoder(vit(pool="cls"), mae) == HEAD[2:]
-    state = mirl.build_vit("vit_nano", pool="cls", num_classes=10).state_dict()
-    state["pos_embed"] = torch.randn_like(state["pos_embed"])  # learned
-    timm = stored(tmp_path / "timm.pth", state)
-    model = vit(pool="cls", num_classes=10)
-    assert mirl.load_encoder(model, timm) == []
-    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
-    model = vit(pool="cls", num_classes=7)
-    assert mirl.load_encoder(model, timm) == HEAD[2:]
-    assert torch.equal(model.norm.bias, state["norm.bias"])
+# -- a fine-tuned model is used --
 
 
-def test_other_grids(tmp_path, capsys):
-    state = vit(pool="cls").state_dict()
-    model = vit(pool="cls", image_size=(48, 32))
-    mirl.load_encoder(model, stored(tmp_path / "a.pth", state))
-    assert torch.equal(model.pos_embed, mirl.sincos_positions(96, (12, 8)))
-    state["pos_embed"] = torch.linspace(0, 1, 65)[None, :, None].expand(1, 65, 96).clone()
-    model = vit(pool="cls", image_size=64)
-    mirl.load_encoder(model, stored(tmp_path / "b.pth", state))
-    assert "positions resized from (8, 8) to (16, 16)" in capsys.readouterr().out
-    grid = model.pos_embed[0, 1:, 0].view(16, 16)
-    assert (grid.diff(dim=0) > 0).all() and model.pos_embed[0, 0, 0] == 0
-    # as many patches on another grid, which only the configuration tells
-    wide, model = vit(image_size=(16, 64), pool="none"), vit()
-    saved = dict(model=wide.state_dict(), config=dataclasses.asdict(wide.config))
-    mirl.load_encoder(model, stored(tmp_path / "c.pth", saved))
-    assert torch.equal(model.pos_embed, mirl.sincos_positions(96, (8, 8)))
+def fields(config):
+    """The configuration as the first version of these files had it."""
+    names = "depth width heads segments decoder_width decoder_depth decoder_heads image_size "
+    names += "patch_size channels dense weight_norm mask_ratio mlp_ratio drop_path num_classes pool"
+    return {name: getattr(config, name) for name in names.split()}
 
 
-def test_truncated_encoders(tmp_path, capsys):
-    short = stored(tmp_path / "short.pth", mirl.build_vit("vit_nano", depth=4).state_dict())
-    model = vit()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(UserError, match=r"does not fit the model: 24 missing: block 4, block 5$"):
-        mirl.load_encoder(model, short)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert len(mirl.load_encoder(model, short, truncated=True)) == 24
-    assert "at random: block 4, block 5" in capsys.readouterr().out
-    for block, same in ((5, True), (3, False)):
-        name = f"blocks.{block}.mlp.fc1.weight"
-        assert torch.equal(model.state_dict()[name], before[name]) == same
+def test_files_of_the_first_version_are_read(tmp_path, begin, capsys):
+    """An encoder, a fine-tuned model and a checkpoint, which kept its flags apart."""
+    model = vit(num_classes=16)
+    model.load_state_dict(begin)
+    classes = conftest.common.shapes.CLASSES
+    config = fields(model.config)
+    new = dict(model=begin, config=config, classes=list(classes), epoch=2, top1=5.0)
+    new |= dict(task="classify", head_width=None)
+    run = dict(model=begin, optimizer={}, scheduler={}, scaler={}, average=begin, config=config)
+    run |= dict(args=dict(task="classify", head_width=None, lr=1.0), data=dict(images=9), epoch=2)
+    run |= dict(step=8, history=[dict(epoch=1)], classes=list(classes), written=9)
+    images, labels = make_shapes(33, 1)
+    scenes = ade(tmp_path / "scenes")
+    with torch.no_grad():
+        top1 = 100 * (model.eval()(normalised(images)).argmax(dim=1) == labels).double().mean()
+    for saved in (new, run):
+        path = stored(tmp_path / "a.pt", saved)
+        assert finetune("--eval", "--from", path) == 0
+        assert last_line(capsys)["top1"] == pytest.approx(top1.item())
+        assert finetune("--task", "segment", "--eval", "--from", path, "--data", scenes) == 2
+        assert f"{path} is a model to classify: add --task classify" in capsys.readouterr().err
+    run["args"] = dict(task="detect", head_width=8)
+    assert finetune("--eval", "--from", stored(tmp_path / "a.pt", run)) == 2
+    assert "is a model to detect: add --task detect" in capsys.readouterr().err
+    encoder = dict(model=vit(pool="none").state_dict(), config=fields(vit(pool="none").config))
+    path = stored(tmp_path / "encoder.pt", encoder)
+    assert finetune("--from", path, "--epochs", 1, "--out", tmp_path / "run") == 0
+    assert f"76 of 80 tensors from {path}" in capsys.readouterr().out
+    assert finetune("--eval", "--from", path) == 2
+    assert "encoder.pt is no model that this script fine-tuned" in capsys.readouterr().err
 
 
-def test_files_that_fit_no_model(tmp_path):
-    large = mirl.build_vit("vit_ti").state_dict()
-    for state, message in (
-        ({"something": torch.ones(2)}, "a.pth holds no weights of a ViT"),
-        (torch.ones(2), "a.pth is no checkpoint: it holds a Tensor"),
-        (large, r"72 unexpected: block 6, .*shape: cls_token \(1, 1, 192\)"),
-    ):
-        with pytest.raises(UserError, match=message):
-            mirl.load_encoder(vit(), stored(tmp_path / "a.pth", state))
-
-
-# -- looking at a frozen encoder --
-
-
-def test_knn_against_a_version_in_loops():
-    torch.manual_seed(0)
-    train, labels, val = torch.randn(50, 8), torch.randint(4, (50,)), torch.randn(7, 8)
-    votes = train_finetune.knn_scores(train, labels, val, 4)
-    for i in range(7):
-        cosines = [(val[i] @ t / val[i].norm() / t.norm()).item() for t in train]
-        expected = [0.0] * 4
-        for k in sorted(range(50), key=lambda k: -cosines[k])[:20]:
-            expected[labels[k]] += math.exp(cosines[k] / 0.07)
-        torch.testing.assert_close(votes[i], torch.tensor(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_probes_on_problems_with_a_known_answer():
-    """Half-planes are linear; the quadrants' XOR is not, yet near neighbours solve both."""
-    torch.manual_seed(0)
-    x = torch.randn(1500, 2)
-    x = x[x.abs().amin(dim=1) > 0.3][:800]
-    plane, xor = (x[:, 0] > 0).long(), ((x[:, 0] > 0) ^ (x[:, 1] > 0)).long()
-
-    def accuracy(scores, truth):
-        return (scores.argmax(dim=1) == truth[400:]).float().mean().item()
-
-    for truth, linear in ((plane, 1.0), (xor, 0.5)):
-        knn = train_finetune.knn_scores(x[:400], truth[:400], x[400:], 2)
-        assert accuracy(knn, truth) == 1
-        # whatever scale and shift the features have
-        moved = 100 * x + 7
-        logits = train_finetune.linear_scores(moved[:400], truth[:400], moved[400:], 2, 0)
-        assert accuracy(logits, truth) == pytest.approx(linear, abs=0.1 if linear < 1 else 0.005)
-
-
-@pytest.mark.parametrize("protocol", ["knn", "linear"])
-def test_protocols_leave_nothing_but_a_line(tmp_path, capsys, protocol):
-    encoder = stored(tmp_path / "encoder.pth", vit(pool="none").state_dict())
-    flags = ["--protocol", protocol, "--out", tmp_path / "run", "--from", encoder]
-    assert finetune(*flags) == 0
-    printed = capsys.readouterr().out
-    result = json.loads(printed.splitlines()[-1])
-    assert result["protocol"] == protocol and 0 <= result["top1"] <= result["top5"] <= 100
-    assert (result["train_images"], result["val_images"]) == (32, 33)
-    assert not (tmp_path / "run").exists()
-    # the encoder is still --from where --out holds a run that --resume would continue
-    (tmp_path / "run").mkdir()
-    stored(tmp_path / "run" / "checkpoint.pt", {})
-    assert finetune(*flags, "--resume") == 0
-    assert capsys.readouterr().out == printed
+def test_predicting_and_starting_from_a_fine_tuned_model(tmp_path, capsys):
+    """The path for tiny data sets: fine-tune a fine-tuned model, with other classes."""
+    folder, out = image_folder(tmp_path / "data"), tmp_path / "tiny"
+    first = tmp_path / "first.pt"
+    save_model(first, perturbed(vit(num_classes=16)), classes=[f"class {i}" for i in range(16)])
+    assert finetune("--data", folder, "--from", first, "--out", out, "--drop-path", 0.9) == 0
+    assert "78 of 80 tensors" in capsys.readouterr().out
+    image = folder / "val" / "cat" / "000.png"
+    assert finetune("--predict", image, image, "--from", out / "ema-best.pt") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[0] == str(image)
+    model, classes = conftest.finetuned("--from", out / "ema-best.pt")
+    assert classes == ["cat", "dog", "eel"]
+    with torch.no_grad():  # of a model that drops paths in training
+        found = 100 * model.eval()(normalised(make_shapes(33, 0)[0][:1])).softmax(dim=1)[0]
+    for line, i in zip(lines[1:4], found.argsort(descending=True).tolist(), strict=True):
+        share, name = line.split(" %  ")
+        assert name == classes[i] and float(share) == pytest.approx(found[i].item(), abs=0.06)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert finetune("--predict", tmp_path / "bad.png", "--from", first) == 2
+    assert finetune("--eval", "--data", folder, "--from", first) == 2
+    assert "knows other classes than --data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_every_block_is_probed(tmp_path, capsys, pool):
-    model, tokens = vit(pool="none"), []
-    encoder = stored(tmp_path / "encoder.pth", model.state_dict())
-    for block in model.blocks:
-        block.register_forward_hook(lambda block, inputs, output: tokens.append(output))
-
-    def pooled(data):
-        tokens.clear()
-        with torch.no_grad():
-            model(mirl.normalise_images(data.images))
-        means = [x[:, 1:].mean(dim=1) for x in tokens]
-        return means if pool == "cls" else [F.layer_norm(x, (96,), eps=1e-6) for x in means]
-
-    args = train_finetune.parse(TINY)
-    train, val = (train_finetune.labelled(args, split) for split in ("train", "val"))
-    expected = []
-    for x, queries in zip(pooled(train), pooled(val), strict=True):
-        votes = train_finetune.knn_scores(x, train.labels, queries, 16)
-        expected.append(100 * (votes.argmax(dim=1) == val.labels).double().mean().item())
-    for protocol in ("blocks", "knn"):
-        assert finetune("--pool", pool, "--from", encoder, "--protocol", protocol) == 0
-    blocks, knn = map(json.loads, capsys.readouterr().out.splitlines()[1::2])
-    assert blocks["top1"] == pytest.approx(expected, abs=0.01) and len(blocks["top5"]) == 6
-    assert pool == "cls" or blocks["top1"][-1] == knn["top1"]
+def test_classifiers_of_timm_and_mae(tmp_path, capsys, pool):
+    """Bare or wrapped, with learned positions, of other patches; 1000 classes are ImageNet's."""
+    model = perturbed(mirl.build_vit("vit_nano", image_size=48, patch_size=8, pool=pool))
+    model.pos_embed += torch.randn_like(model.pos_embed)
+    model.head.bias.data[[0, 999]] += torch.tensor([30.0, 32.0])
+    folder = image_folder(tmp_path / "data", ["cat"])
+    image = write_images(tmp_path / "shown", 1) / "000.png"
+    for state in (model.state_dict(), {"model": model.state_dict(), "epoch": 3}):
+        path = stored(tmp_path / "a.pth", state)
+        loaded, classes = conftest.finetuned("--from", path)
+        assert loaded.config == model.config and classes is None
+        images = torch.randn(2, 3, 48, 48)
+        torch.testing.assert_close(loaded(images), model(images))
+        assert finetune("--predict", image, "--from", path) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("%  ")[1] for line in lines[1:3]] == ["toilet tissue", "tench"]
+        assert finetune("--eval", "--from", path, "--data", folder) == 2
+        assert f"knows 1000 classes, and --data {folder} has 1" in capsys.readouterr().err
 
 
-def test_the_validation_images_are_the_same_in_every_run():
-    def images(seed, count, split):
-        flags = ["--data", "shapes", "--train-images", "20", "--val-images", str(count)]
-        args = train_finetune.parse([*flags, "--seed", str(seed)])
-        return train_finetune.labelled(args, split).images
-
-    assert len(images(0, 7, "val")) == 7 and len(images(0, 7, "train")) == 20
-    assert torch.equal(images(0, 7, "val"), images(1, 7, "val"))
-    assert not torch.equal(images(0, 7, "train"), images(1, 7, "train"))
-    with pytest.raises(UserError, match="--val-images 34: there are 33"):
-        images(0, 34, "val")
-
-
-# -- the script --
-
-
-def test_evaluation_against_a_plain_count():
-    """Of 33 images, 32 with a label."""
-    data = mirl.make_shapes(33, 0)
-    labels = data.labels.index_fill(0, torch.tensor(5), -1)
-    model = vit(num_classes=16)
-    nn.init.normal_(model.head.weight)
-    loader = mirl.Loader(data._replace(labels=labels), mirl.whole_image((32, 32)), 0, CPU, 0)
-    [scores] = train_finetune.evaluate([model], loader, torch.float32)
-    with torch.no_grad():
-        logits = model(mirl.normalise_images(data.images))[labels >= 0]
-    truth = labels[labels >= 0]
-    ranks = (logits > logits[range(32), truth][:, None]).sum(1)
-    assert scores["top1"] == pytest.approx(100 * (ranks < 1).sum().item() / 32)
-    assert scores["top5"] == pytest.approx(100 * (ranks < 5).sum().item() / 32)
-    expected = -logits.log_softmax(dim=1)[range(32), truth].mean().item()
-    assert scores["val_loss"] == pytest.approx(expected, rel=1e-5) and scores["val_images"] == 32
+def test_evaluating_a_file_without_names(tmp_path, capsys):
+    """The same model as a file of ours, which knows its classes, is the reference."""
+    classes = [f"class {i}" for i in range(10)]
+    folder = image_folder(tmp_path / "data", classes, 2)
+    model = perturbed(vit(num_classes=10))
+    save_model(tmp_path / "ours.pt", model, classes=classes)
+    image = folder / "val" / "class 3" / "001.png"
+    printed = []
+    for path in (stored(tmp_path / "a.pth", model.state_dict()), tmp_path / "ours.pt"):
+        assert finetune("--eval", "--from", path, "--data", folder) == 0
+        assert finetune("--predict", image, "--from", path) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].count("%  class ") == 5
 
 
-def test_two_processes_count_every_image_once(tmp_path, capsys):
-    folder, out = image_folder(tmp_path / "data"), tmp_path / "run"
-    flags = [*TINY, "--data", folder, "--out", out, "--epochs", 1, "--workers", 1]
-    launch(*TORCHRUN, ROOT / "train_finetune.py", *flags)
-    [epoch] = metrics(out, "epoch")
-    assert epoch["raw_val_images"] == epoch["ema_val_images"] == 33
-    assert finetune("--eval", "--data", folder, "--from", out / "raw-last.pt") == 0
-    alone = last_line(capsys)
-    assert epoch["raw_top1"] == alone["top1"]
-    assert epoch["raw_val_loss"] == pytest.approx(alone["val_loss"], rel=1e-5)
+# -- the paper's recipes --
 
 
 @pytest.mark.parametrize(
@@ -460,59 +463,13 @@ def test_table_2(models, decay, epochs, drop):
     assert train_finetune.parse(["--recipe", "imagenet", "--epochs", "30"]).epochs == 30
 
 
-def test_a_step_reads_nothing_from_the_device():
-    """Tensors of the meta device have no values: whatever would wait for a GPU fails there."""
-    torch.manual_seed(0)
-    args = train_finetune.parse(["--recipe", "cifar10", "--from", "scratch", "--erasing", "0.5"])
-    mix = train_finetune.mixing(args, 16)
-    model = mirl.build_vit("vit_nano", num_classes=16, drop_path=0.1).to("meta")
-    average = copy.deepcopy(model)
-    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="meta")
-    labels = torch.zeros(4, dtype=torch.int64, device="meta")
-    for _ in range(6):  # mixup and cutmix both
-        mixed, targets = mix(mirl.normalise_images(images), labels)
-        train_finetune.loss_function(model(mixed), targets, 0.1).backward()
-        mirl.move_average(average, model, 0.99)
-    sums = train_finetune.score(model(mirl.normalise_images(images)), labels)
-    with pytest.raises(RuntimeError):
-        sums.sum().item()
-
-
-def test_predicting_and_starting_from_a_fine_tuned_model(tmp_path, capsys):
-    """The path for tiny data sets: fine-tune a fine-tuned model, with other classes."""
-    folder, out = image_folder(tmp_path / "data"), tmp_path / "tiny"
-    assert finetune("--out", tmp_path / "first") == 0
-    first = tmp_path / "first" / "ema-best.pt"
-    assert finetune("--data", folder, "--from", first, "--out", out) == 0
-    assert "78 of 80 tensors" in capsys.readouterr().out
-    image = folder / "val" / "cat" / "000.png"
-    assert finetune("--predict", image, image, "--from", out / "ema-best.pt") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[0] == str(image)
-    assert {line.split()[-1] for line in lines[1:4]} == {"cat", "dog", "eel"}
-    model, _ = conftest.finetuned("--from", out / "ema-best.pt")
-    with torch.no_grad():
-        pixels = mirl.make_shapes(33, 0).images[:1]
-        likeliest = model.eval()(mirl.normalise_images(pixels)).softmax(1).max().item()
-    assert float(lines[1].split()[0]) == pytest.approx(100 * likeliest, abs=0.06)
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    assert finetune("--predict", tmp_path / "bad.png", "--from", first) == 2
-    assert finetune("--eval", "--data", folder, "--from", first) == 2
-    assert "knows other classes than --data" in capsys.readouterr().err
-
-
-def test_what_cannot_be_read_does_not_count_in_an_evaluation(tmp_path, capsys):
-    folder = image_folder(tmp_path / "data")
-    (folder / "val" / "dog" / "005.png").write_bytes(b"no image")
-    (folder / "train" / "eel" / "007.png").write_bytes(b"no image")
-    assert finetune("--data", folder, "--out", tmp_path / "run", "--train-images", 33) == 0
-    epochs = metrics(tmp_path / "run", "epoch")
-    assert [m["raw_val_images"] for m in epochs] == [32, 32]
-    assert epochs[-1]["corrupt_files"] == 2
-    assert capsys.readouterr().out.count("cannot be read: another image is in its place") == 2
-
-
-def test_images_without_labels_are_refused(tmp_path, capsys):
-    write_images(tmp_path / "data")
-    assert finetune("--data", tmp_path / "data", "--out", tmp_path / "run") == 2
-    assert "the val images have no labels" in capsys.readouterr().err
+def test_a_recipe_is_for_its_task():
+    quick = {task: train_finetune.parse(["--task", task]) for task in train_finetune.TASKS}
+    found = {task: (a.data, a.epochs, a.lr, a.head_width, a.out) for task, a in quick.items()}
+    assert found == dict(
+        classify=("shapes", 40, 1e-3, None, "runs/finetune-quick"),
+        segment=("scenes", 12, 4e-3, 64, "runs/segment-quick"),
+        detect=("scenes", 8, 2e-3, 64, "runs/detect-quick"),
+    )
+    assert quick["classify"].train_images == 500 and quick["segment"].train_images is None
+    assert train_finetune.parse(["--data", "cifar10"]).train_images is None

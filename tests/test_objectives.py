@@ -1,18 +1,18 @@
-"""The other objectives, truncated pre-training, gradient norms and their figure."""
+"""The other objectives, truncated pre-training and gradient norms."""
 
+import itertools
 import math
-import signal
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import MAE, SMALL, TINY, at_batch, metrics, run, terminate
-from PIL import Image
+from conftest import MAE, SMALL, TINY, assert_same_run, at_batch, interrupt, metrics, run
 from torchvision.models import vgg
 
 import mirl
 import train_pretrain
+from common import checkpoint
 from mirl import UserError
 
 
@@ -36,14 +36,11 @@ NARROW = [width if width == "M" else width // 16 for width in vgg.cfgs["D"]]
 
 
 @pytest.fixture
-def vgg_file(tmp_path, monkeypatch):
+def vgg16(monkeypatch):
     """torchvision's VGG-16 with random weights and a sixteenth of the channels."""
     monkeypatch.setitem(vgg.cfgs, "D", NARROW)
     torch.manual_seed(0)
-    path = tmp_path / "vgg16.pth"
-    net = nn.Sequential(OrderedDict(features=vgg.make_layers(NARROW)))
-    torch.save(net.state_dict(), path)
-    return path
+    return nn.Sequential(OrderedDict(features=vgg.make_layers(NARROW))).double()
 
 
 # -- L† --
@@ -55,12 +52,11 @@ def test_dagger_adds_omega_times_the_loss_of_the_main_components(overrides):
     model, (images, noise) = extended(mirl.Objectives(omega=0.3), **overrides), batch()
     out = model(images, noise)
     target = mirl.normalise_patches(mirl.patchify(images, 4))[0]
-    total = 0.0
-    for main in out.main:
-        for b in range(3):
-            for k, i in enumerate(out.masked[b].tolist()):
-                total += (target[b, i] - main[b, k]).square().mean().item()
-    own = total / (len(out.main) * 3 * 48)
+    errors = [
+        (target[b, out.masked[b, k]] - main[b, k]).square().mean().item()
+        for main, b, k in itertools.product(out.main, range(3), range(48))
+    ]
+    own = sum(errors) / len(errors)
     assert out.terms["main"].item() == pytest.approx(own)
     plain = mirl.MIRL.forward(model, images, noise).loss.item()
     assert out.loss.item() == pytest.approx(plain + 0.3 * own)
@@ -87,7 +83,7 @@ def test_feature_loss_against_a_version_in_loops(negatives):
                 continue
             everyone = [math.exp(cos(z[b, k], positive[c, i]) / 0.07) for c in range(3)]
             losses.append(-math.log(math.exp(own / 0.07) / sum(everyone)))
-    got = mirl.feature_loss(z, positive, masked, negatives)
+    got = (mirl.info_nce if negatives else mirl.byol_loss)(z, positive, masked)
     assert got.item() == pytest.approx(sum(losses) / len(losses))
 
 
@@ -95,55 +91,47 @@ def test_feature_loss_keeps_its_precision_under_autocast():
     torch.manual_seed(0)
     z, positive = torch.randn(8, 5, 96), torch.randn(8, 5, 96)
     masked = torch.rand(8, 5).argsort(1)
-    exact = mirl.feature_loss(z.double(), positive.double(), masked)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = mirl.feature_loss(z, positive, masked)
-    assert got.item() == pytest.approx(exact.item(), rel=1e-5)
+    for loss in (mirl.info_nce, mirl.byol_loss):
+        exact = loss(z.double(), positive.double(), masked)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert loss(z, positive, masked).item() == pytest.approx(exact.item(), rel=1e-5)
 
 
-def test_feature_gradient_flows_through_the_prediction_alone():
+def test_features_are_compared_with_the_momentum_encoders_of_the_whole_image():
+    """And the gradient flows through the prediction alone."""
     model, (images, noise) = extended(mirl.Objectives(feature=0.5)), batch()
+    for p in model.momentum_encoder.parameters():
+        p.add_(0.1 * torch.randn_like(p))
     out = model(images, noise)
+    e = model.feature_embed(out.features)
+    predicted = model.feature_decoder(e, None, out.visible, out.masked)
+    target = model.momentum_encoder(images)[:, 1:]
+    assert target.shape == (3, 64, 32) and predicted.shape == (3, 48, 32)
+    expected = mirl.info_nce(predicted, target, out.masked).item()
     features = (out.loss - mirl.MIRL.forward(model, images, noise).loss) / 0.5
-    assert features.item() == pytest.approx(out.terms["feature"].item())
+    assert features.item() == pytest.approx(expected) == out.terms["feature"].item()
     features.backward()
     assert model.encoder.cls_token.grad.abs().sum() > 0
     assert all(p.grad.abs().sum() > 0 for p in model.feature_decoder.parameters())
-    averages = {*model.momentum_encoder.parameters()}
-    assert all(p.grad is None for p in averages)
-    groups = mirl.parameter_groups(model, 1e-3, 0.05)
-    assert not averages & {p for group in groups for p in group["params"]}
-
-
-def test_the_target_view_is_whole_and_comes_from_the_momentum_encoder():
-    model, (images, noise) = extended(mirl.Objectives(feature=1.0)), batch()
-    with torch.no_grad():
-        for p in model.momentum_encoder.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-        out = model(images, noise)
-        *_, tokens = model.momentum_encoder.each_block(images)
-        target = model.momentum_encoder.norm(tokens)[:, 1:]
-        embedded = model.feature_embed(out.features)
-        predicted = model.feature_decoder(embedded, None, out.visible, out.masked)
-        assert target.shape == (3, 64, 32) and predicted.shape == (3, 48, 32)
-        expected = mirl.feature_loss(predicted, target, out.masked)
-    assert out.terms["feature"].item() == pytest.approx(expected.item())
+    assert not any(p.requires_grad for p in model.momentum_encoder.parameters())
 
 
 def test_the_momentum_encoder_follows_the_encoder_on_schedule():
     model = extended(mirl.Objectives(feature=1.0))
     weight, average = model.encoder.cls_token, model.momentum_encoder.cls_token
     weight.data.normal_()
+    model.encoder.pos_embed.normal_()
     expected = 0.9 * average + 0.1 * weight.detach()
-    mirl.move_average(model.momentum_encoder, model.encoder, 0.9)
+    mirl.update_ema(model.momentum_encoder, model.encoder, 0.9)
     torch.testing.assert_close(average.data, expected)
+    assert torch.equal(model.momentum_encoder.pos_embed, model.encoder.pos_embed)
     values = [train_pretrain.momentum(e, 300) for e in (0, 50, 100, 200, 300)]
     assert values == pytest.approx([0.999, 0.99945, 0.9999, 0.999945, 0.99999])
 
 
 def test_one_image_has_no_negatives():
     model, (images, noise) = extended(mirl.Objectives(feature=1.0)), batch(1)
-    with pytest.raises(UserError, match=r"needs negatives.*--feature-negatives none"):
+    with pytest.raises(UserError, match=r"needs negatives.*go without"):
         model(images, noise)
     model = extended(mirl.Objectives(feature=1.0, negatives=False))
     assert model(images, noise).loss.isfinite()
@@ -152,15 +140,13 @@ def test_one_image_has_no_negatives():
 # -- VGG --
 
 
-def test_vgg_loss_against_a_plain_pass_through_torchvisions_vgg(vgg_file):
-    extractor = mirl.vgg_extractor(str(vgg_file)).double()
-    net = nn.Sequential(OrderedDict(features=vgg.make_layers(NARROW)))
-    net.load_state_dict(mirl.load_file(vgg_file))
+def test_vgg_loss_against_a_plain_pass_through_torchvisions_vgg(vgg16):
+    extractor = mirl.vgg_features(vgg16.state_dict()).double()
     torch.manual_seed(1)
     x, y = torch.randn(2, 2, 3, 32, 32).double()
     f, expected, names = torch.cat([x, y]), 0.0, {3: "1_2", 8: "2_2", 15: "3_3", 22: "4_3"}
     truth = extractor(x)
-    for i, layer in enumerate(net.double().features):
+    for i, layer in enumerate(vgg16.features):
         f = layer(f).detach()
         if i in names:
             assert isinstance(layer, nn.ReLU)
@@ -174,32 +160,25 @@ def test_vgg_loss_against_a_plain_pass_through_torchvisions_vgg(vgg_file):
 
 
 @pytest.mark.parametrize("overrides", [{}, MAE])
-def test_vgg_sees_the_image_with_its_masked_patches_reconstructed(vgg_file, overrides):
+def test_vgg_sees_the_image_with_its_masked_patches_reconstructed(vgg16, overrides):
     """Patch by patch: predictions times the patch's own deviation, plus its mean."""
-    extractor = mirl.vgg_extractor(str(vgg_file)).double()
+    extractor = mirl.vgg_features(vgg16.state_dict()).double()
     model, (images, noise) = extended(mirl.Objectives(vgg=1.0), extractor, **overrides), batch()
     out = model(images, noise)
     expected = 0.0
     for g, main in enumerate(out.main):
         prediction = main + out.residual[g] if out.residual else main
         mixed = images.clone()
-        for b in range(3):
-            for k, place in enumerate(out.masked[b].tolist()):
-                i, j = place // 8 * 4, place % 8 * 4
-                patch = mixed[b, :, i : i + 4, j : j + 4]
-                deviation = (patch.var() + 1e-6).sqrt()
-                predicted = prediction[b, k].detach().view(4, 4, 3).permute(2, 0, 1)
-                patch.copy_(predicted * deviation + patch.mean())
+        for b, k in itertools.product(range(3), range(48)):
+            i, j = (4 * place for place in divmod(out.masked[b, k].item(), 8))
+            patch = mixed[b, :, i : i + 4, j : j + 4]
+            predicted = prediction[b, k].detach().view(4, 4, 3).permute(2, 0, 1)
+            patch.copy_(predicted * (patch.var() + 1e-6).sqrt() + patch.mean())
         expected += mirl.vgg_loss(extractor, images, mixed).item() / len(out.main)
     assert out.terms["vgg"].item() == pytest.approx(expected) and expected > 1e-6
-
-
-def test_vgg_stays_out_of_the_state_dict_and_frozen(vgg_file):
-    extractor = mirl.vgg_extractor(str(vgg_file)).double()
-    model, (images, noise) = extended(mirl.Objectives(vgg=1.0), extractor), batch()
-    assert not any("vgg" in k for k in model.state_dict())
-    model(images, noise).loss.backward()
+    out.loss.backward()  # VGG stays frozen, and out of the state dict
     assert all(p.grad is None for p in extractor.parameters())
+    assert not any("vgg" in k for k in model.state_dict())
 
 
 def test_vgg_that_cannot_be_had(tmp_path, monkeypatch, capsys):
@@ -209,19 +188,20 @@ def test_vgg_that_cannot_be_had(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torchvision.models.vgg16", offline)
     assert pretrain(tmp_path / "run", "--vgg-weight", 1) == 2
     assert "could not be downloaded (no network); give a file" in capsys.readouterr().err
-    monkeypatch.undo()
-    torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="is no VGG-16"):
-        mirl.vgg_extractor(str(tmp_path / "other.pth"))
+    with pytest.raises(UserError, match="not those of torchvision's VGG-16"):
+        mirl.vgg_features(dict(a=torch.ones(1)))
+    with pytest.raises(UserError, match="images of 3 channels, not 1"):
+        extended(mirl.Objectives(vgg=1.0), channels=1)
 
 
 # -- together, and in the script --
 
 
 @pytest.mark.parametrize("method", ["mirl", "mae"])
-def test_all_objectives_together_add_up_and_resume(tmp_path, vgg_file, method):
-    flags = ["--method", method, "--loss", "dagger", "--omega", 0.1, "--feature-weight", 0.2]
-    flags += ["--vgg-weight", 0.3, "--vgg-checkpoint", vgg_file, "--log-grad-norms"]
+def test_all_objectives_together_add_up_and_resume(tmp_path, vgg16, method):
+    torch.save(vgg16.float().state_dict(), tmp_path / "vgg16.pth")
+    flags = ["--method", method, "--omega", 0.1, "--feature-weight", 0.2, "--vgg-weight", 0.3]
+    flags += ["--vgg-checkpoint", tmp_path / "vgg16.pth", "--log-grad-norms"]
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert pretrain(whole, *flags) == 0
     for line in metrics(whole, "step"):
@@ -229,18 +209,17 @@ def test_all_objectives_together_add_up_and_resume(tmp_path, vgg_file, method):
         assert line["loss"] == pytest.approx(total, rel=1e-5)
         for kind in ("qkv", "mlp", "norm", "proj"):
             assert len(line[f"grad_{kind}"]) == 6 and min(line[f"grad_{kind}"]) > 0
-    with at_batch(train_pretrain.PretrainLoader, 1, 0, terminate):
-        assert pretrain(out, *flags) == 128 + signal.SIGTERM
-    half = mirl.load_file(out / "checkpoint.pt")["model"]
-    assert pretrain(out, *flags, "--no-log-grad-norms", "--resume") == 0
-    assert ["grad_qkv" in line for line in metrics(out, "step")] == [True, True, False, False]
-    a, b = (mirl.load_file(folder / "checkpoint.pt")["model"] for folder in (whole, out))
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
-    average = "momentum_encoder.cls_token"
-    assert not torch.equal(a[average], half[average])  # it goes on following
-    assert not torch.equal(a[average], a["encoder.cls_token"])
-    assert mirl.load_file(whole / "encoder.pt")["model"].keys() == {
-        k.removeprefix("encoder.") for k in a if k.startswith("encoder.")
+    with at_batch(train_pretrain, 1, 0, interrupt):
+        assert pretrain(out, *flags) == 130
+    half = checkpoint.load_file(out / "checkpoint.pt")["model"]
+    assert pretrain(out, *flags, "--resume") == 0
+    assert_same_run(whole, out, "checkpoint.pt", "encoder.pt")
+    model = checkpoint.load_file(out / "checkpoint.pt")["model"]
+    average = model["momentum_encoder.cls_token"]
+    assert not torch.equal(average, half["momentum_encoder.cls_token"])  # it goes on following
+    assert not torch.equal(average, model["encoder.cls_token"])
+    assert checkpoint.load_file(whole / "encoder.pt")["model"].keys() == {
+        k.removeprefix("encoder.") for k in model if k.startswith("encoder.")
     }
 
 
@@ -251,11 +230,12 @@ def test_truncation_leaves_the_last_blocks_out(tmp_path):
     """Nine blocks in four segments end after blocks 3, 5, 7 and 9. [S E]"""
     for method, ends in (("mirl", [3, 5, 7, 9]), ("mae", [9])):
         args = train_pretrain.parse(["--model", "vit_s", "--method", method, "--truncate", "3"])
-        config = train_pretrain.model_config(args)
+        with torch.device("meta"):
+            config = train_pretrain.new_model(args, "meta").config
         assert mirl.segment_ends(config.depth, config.segments) == ends
     assert pretrain(tmp_path / "run", "--truncate", 2) == 0
     vit = mirl.build_vit("vit_nano")
-    missing = mirl.load_encoder(vit, str(tmp_path / "run" / "encoder.pt"), truncated=True)
+    missing = checkpoint.load_encoder(vit, str(tmp_path / "run" / "encoder.pt"), truncated=True)
     assert {k.split(".")[1] for k in missing if k.startswith("blocks")} == {"4", "5"}
 
 
@@ -267,34 +247,9 @@ def test_gradient_norms_by_hand():
     model(images, noise).loss.backward()
     norms = train_pretrain.gradient_norms(model.encoder)
     for k, block in enumerate(model.encoder.blocks):
-        kinds = dict(
-            grad_qkv=[block.attn.qkv],
-            grad_proj=[block.attn.proj],
-            grad_mlp=[block.mlp.fc1, block.mlp.fc2],
-            grad_norm=[block.norm1, block.norm2],
-        )
+        kinds = dict(grad_qkv=[block.attn.qkv], grad_proj=[block.attn.proj])
+        kinds |= dict(grad_mlp=[block.mlp.fc1, block.mlp.fc2], grad_norm=[block.norm1, block.norm2])
         assert norms.keys() == kinds.keys()
         for kind, layers in kinds.items():
             squares = [g * g for layer in layers for g in layer.weight.grad.flatten().tolist()]
             assert norms[kind][k].item() == pytest.approx(math.sqrt(sum(squares)))
-
-
-def test_drawing_finished_runs(tmp_path, monkeypatch):
-    Figure, curves = pytest.importorskip("matplotlib.figure").Figure, []
-
-    def savefig(figure, *args, original=Figure.savefig, **kwargs):
-        curves.append([len(axes.lines) for axes in figure.axes])
-        original(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    a, b = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    assert pretrain(a, "--log-grad-norms") == pretrain(b) == 0
-    with open(a / "metrics.jsonl", "a") as file:  # resumed without --log-grad-norms
-        file.write('{"kind": "step", "step": 9, "loss": 1.0}\n')
-    before = (a / "metrics.jsonl").read_bytes()
-    assert run(train_pretrain, "--plot", a, b) == 0
-    assert curves == [[2], [1] * 16]  # losses of both, norms of the first in 4 blocks by 4 kinds
-    for name in ("losses.png", "gradients.png"):
-        picture = Image.open(a / name)
-        assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(10**6)) > 5
-    assert (a / "metrics.jsonl").read_bytes() == before

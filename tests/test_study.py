@@ -1,22 +1,23 @@
-"""The depth study: its cells are what they are called, its table is what the results say."""
+"""The depth study: its cells are what they are called, its table is what the results say; and the
+figures of any run."""
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import image_folder
+import torch
+from conftest import ROOT, image_folder
 
 import train_finetune
 import train_pretrain
 
-SCRIPT = Path(__file__).parent.parent / "assets" / "depth" / "study.py"
-spec = importlib.util.spec_from_file_location("study", SCRIPT)
-study = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
+sys.path.insert(0, str(ROOT / "assets"))
+sys.path.insert(0, str(ROOT / "assets" / "depth"))
+import plot
+import study
 
 
 def arguments(size: str, data="shapes", out="out") -> argparse.Namespace:
@@ -25,7 +26,7 @@ def arguments(size: str, data="shapes", out="out") -> argparse.Namespace:
 
 def run(*flags) -> subprocess.CompletedProcess:
     pytest.importorskip("matplotlib")
-    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
+    return subprocess.run([sys.executable, study.__file__, *flags], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("size", study.SIZES)
@@ -43,7 +44,8 @@ def test_every_cell_is_what_it_is_called(size):
             assert "pretrain" not in flags and finetune.from_ == "scratch"
             continue
         args = train_pretrain.parse(flags["pretrain"])
-        config = train_pretrain.model_config(args)
+        with torch.device("meta"):
+            config = train_pretrain.new_model(args, torch.device("meta")).config
         assert args.seed == cell.seed and args.model == finetune.model
         assert args.epochs == dict(cpu=3, long=10, gpu=50)[size]
         assert finetune.from_ == f"{args.out}/encoder.pt"
@@ -54,8 +56,8 @@ def test_every_cell_is_what_it_is_called(size):
             probe = train_finetune.parse(flags["linear"])
             assert (probe.protocol, probe.from_) == ("linear", finetune.from_)
             assert size == "gpu" or probe.train_images == finetune.train_images == 5000
-            for parsed in (args, finetune):  # what is compared differs in the method alone
-                first = vars(compared.setdefault((cell.depth, cell.seed, type(parsed)), parsed))
+            for parsed, kind in ((args, 0), (finetune, 1)):  # compared: the method alone differs
+                first = vars(compared.setdefault((cell.depth, cell.seed, kind), parsed))
                 differ = {name for name in first if first[name] != vars(parsed)[name]}
                 assert differ <= {"method", "dense", "out", "from_"}
 
@@ -78,10 +80,15 @@ def test_table_and_figure_of_known_results(tmp_path):
     assert (tmp_path / "depth.png").stat().st_size > 5000
 
 
-def test_the_longer_study_shows_what_residuals_carry(tmp_path, monkeypatch):
-    figures = []
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    monkeypatch.setattr(figure, "savefig", lambda self, path, **_: figures.append(self))
+@pytest.fixture
+def figures(monkeypatch):
+    """Those that are drawn, by their files' names."""
+    drawn, figure = {}, pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda self, path, **_: drawn.update({path.name: self}))
+    return drawn
+
+
+def test_the_longer_study_shows_what_residuals_carry(tmp_path, figures):
     shares = [[0.25, 0.75], [0.5, 0.5], [0.125, 0.0]]  # of pairs 1, 2, 3, by epoch
     common = dict(method="mirl", depth=48, truncated=False)
     lines = [  # as they may end: the second seed before the first
@@ -90,7 +97,8 @@ def test_the_longer_study_shows_what_residuals_carry(tmp_path, monkeypatch):
         dict(common, seed=0, method="mae", blocks=[2] * 48),
     ]
     study.draw_long(study.summary(lines), tmp_path / "depth.png")
-    drawn = [[(x.get_linestyle(), [*x.get_ydata()]) for x in a.lines] for a in figures[0].axes]
+    panels = figures["depth.png"].axes
+    drawn = [[(x.get_linestyle(), [*x.get_ydata()]) for x in axes.lines] for axes in panels]
     assert drawn[0][:3] == [("-", [2] * 48), ("-", list(range(48))), ("--", [1] * 48)]
     assert drawn[1:] == [[("-", a), ("--", b)] for a, b in zip(shares, shares[::-1])]
 
@@ -119,3 +127,33 @@ def test_a_failure_ends_the_study_with_its_reason(tmp_path, flags, said):
     assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
     assert done.stdout.count("train_pretrain.py") <= 4  # the other cells are not begun
     assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_the_figures_of_runs(tmp_path, monkeypatch, figures, capsys):
+    """One has logged norms, of 8 blocks, but in its last step; the other is still fine-tuning."""
+    norms = {f"grad_{k}": [i + j / 8 for j in range(8)] for i, k in enumerate(plot.KINDS)}
+    logged = [dict(step=2, loss=1.5, **norms), dict(step=4, loss=0.5, **norms)]
+    runs = dict(a=[*logged, dict(step=6, loss=0.25)], b=[dict(step=3, loss=2)])
+    for name, steps in runs.items():
+        lines = [json.dumps(dict(kind="step") | step) for step in steps]
+        config = dict(model="vit_nano") | (dict(method="mae") if name == "a" else {})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "st')
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", "b", "a"])
+    plot.main()
+    [losses], grid = (figures[name].axes for name in ("losses.png", "gradients.png"))
+    drawn = [(x.get_label(), [*x.get_xdata()], [*x.get_ydata()]) for x in losses.lines]
+    pretrained = ("a (mae vit_nano)", [2, 4, 6], [1.5, 0.5, 0.25])
+    assert drawn == [("b (fine-tuned vit_nano)", [3], [2]), pretrained]
+    drawn = [[*x.get_ydata()] for axes in grid for x in axes.lines]
+    assert drawn == [[i + block / 8] * 2 for block in (2, 3, 4, 5) for i in range(4)]
+    (tmp_path / "b" / "config.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        plot.main()
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        plot.main()
+    said = capsys.readouterr().err
+    assert "b is no run: " in said and "need matplotlib: pip install -e '.[plot]'" in said

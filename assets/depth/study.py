@@ -173,10 +173,14 @@ def markdown(table: dict) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def draw(table: dict, path: Path) -> None:
+def new_figure(width: float, height: float):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw(table: dict, path: Path) -> None:
+    figure = new_figure(10, 6)
     panels, by_block = figure.subplots(2, 3)
     for measure, axes in zip(("top1", "linear", "knn"), panels, strict=True):
         for method, (label, colour) in METHODS.items():
@@ -212,9 +216,7 @@ def draw_blocks(table: dict, depth: int, axes) -> None:
 
 def draw_long(table: dict, path: Path) -> None:
     """Features after every block, and what residuals carry of each pair's prediction, by epoch."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = new_figure(11, 3.8)
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
     by_block, by_pair = left.subplots(), right.subplots(1, 3, sharey=True)
     (depth,) = {depth for _, depth, _ in table}
@@ -236,9 +238,7 @@ def draw_long(table: dict, path: Path) -> None:
 
 def draw_lesson(table: dict, path: Path, depth: int = 24) -> None:
     """The study in one look: features after every block, MAE beside MIRL, mean and seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = new_figure(6, 3.2)
     axes = figure.subplots()
     for method in ("mirl", "mae"):
         (label, colour), blocks = METHODS[method], range(1, depth + 1)
@@ -258,15 +258,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=SIZES, default="cpu", help="default cpu")
-    parser.add_argument("--data", default="cifar10", help="as for the scripts; default cifar10")
-    parser.add_argument("--out", type=Path, help="a folder of its own; default runs/depth-SIZE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default 0 1")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; default 1")
-    parser.add_argument("--device", default="auto", help="as for the scripts; default auto")
-    parser.add_argument(
-        "--draw", action="store_true", help="run nothing; table and figure of what there is"
-    )
+    flag = parser.add_argument
+    flag("--size", choices=SIZES, default="cpu", help="default cpu")
+    flag("--data", default="cifar10", help="as for the scripts; default cifar10")
+    flag("--out", type=Path, help="a folder of its own; default runs/depth-SIZE")
+    flag("--seeds", type=int, nargs="+", default=[0, 1], help="default 0 1")
+    flag("--jobs", type=int, default=1, help="cells at a time; default 1")
+    flag("--device", default="auto", help="as for the scripts; default auto")
+    flag("--draw", action="store_true", help="run nothing; table and figure of what there is")
     args = parser.parse_args()
     if not importlib.util.find_spec("matplotlib"):
         parser.error("the figure needs an extra: pip install -e '.[plot]'")

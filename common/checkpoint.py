@@ -1,0 +1,303 @@
+"""Files: written whole or not at all, read without running anything that is in them."""
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import mirl
+from common.distributed import RANK, gather, say
+from common.paddle import PADDLE, read_paddle
+from mirl import Config, UserError, require
+
+
+def save(path: Path, write: Callable[[Path], Any]) -> None:
+    """write(temporary name beside `path`), moved to `path` when it is complete on the disk."""
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(path: Path, model: nn.Module, **more) -> None:
+    """What `model` can be rebuilt from on any machine: its weights, on the CPU, and its config."""
+    weights = {k: v.cpu() for k, v in model.state_dict().items()}
+    state = dict(model=weights, config=dataclasses.asdict(model.config)) | more
+    save(path, functools.partial(torch.save, state))
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """torch.load of tensors and plain values on the CPU, or what `read_paddle` makes of a file of
+    the authors. Raises UserError for anything else."""
+    try:
+        with open(path, "rb") as file:
+            paddle = PADDLE.match(file.read(14))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # flags, in MAE's checkpoints
+            saved = read_paddle(path) if paddle else torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except Exception as error:  # torch raises many kinds for what is not its own
+        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
+        raise UserError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
+    require(isinstance(saved, dict), f"{path} is no checkpoint: it holds a {type(saved).__name__}")
+    return saved
+
+
+# Flags that may differ on a resume. Any other would make the steps done those of another run.
+MAY_CHANGE = {"resume", "out", "recipe", "data", "data_dir", "from_", "truncated"}
+MAY_CHANGE |= {"device", "dtype", "device_batch_size", "compile", "workers", "log_every"}
+MAY_CHANGE |= {"tensorboard", "log_grad_norms", "picture_every", "picture_pair"}
+MAY_CHANGE |= {"vgg_checkpoint"}
+
+
+def check_out(out: str, resume: bool) -> None:
+    """Raises UserError where the folder holds a run that nothing said to continue.
+
+    Every process looks before any goes on and writes there.
+    """
+    names = ("checkpoint.pt", "metrics.jsonl", "config.json")
+    require(
+        resume or not any((Path(out) / name).exists() for name in names),
+        f"{out} already holds a run: add --resume to continue it, or choose --out",
+    )
+    require(not Path(out).exists() or Path(out).is_dir(), f"--out {out} is a file, not a folder")
+    gather(None)
+
+
+def identity(args: argparse.Namespace, config: Config, data) -> dict[str, Any]:
+    """What makes a run the run that it is: a resume must find the same."""
+    flags = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+    data = dict(training_images=len(data), data_digest=data.digest()[:16])
+    return flags | dataclasses.asdict(config) | data
+
+
+def resume(out: str, parts: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """Take up the checkpoint in the folder `out`, if there is one; returns what else is in it.
+
+    parts: name -> what has the state of that name. Raises UserError for a checkpoint of another
+    model, other flags or other data, for a damaged one, and where not all processes see the same.
+    """
+    path = Path(out) / "checkpoint.pt"
+    saved = load_file(path) if path.exists() else {}
+    if saved:
+        try:
+            old = saved["identity"]
+            changed = [
+                f"{k} {v!s:.60} -> {identity.get(k)!s:.60}"
+                for k, v in old.items()
+                if v != identity.get(k)
+            ]
+            require(
+                not changed,
+                f"--resume continues a run as it began, and {path} has other {', '.join(changed)}; "
+                "give what it began with, or another --out",
+            )
+            for name, part in parts.items():
+                if saved[name]:  # the loss scaler has nothing to save but in fp16
+                    part.load_state_dict(saved[name])
+            say(f"resuming {path} after epoch {saved['epoch']} of {identity['epochs']}")
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            if isinstance(error, UserError | torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"--resume: {path} is damaged or no checkpoint of this script: move it away to "
+                "start anew, or choose another --out"
+            ) from None
+    epochs = gather(saved.get("epoch", 0))
+    require(len(set(epochs)) == 1, f"--out {out} must be shared by all nodes")
+    return saved
+
+
+def save_checkpoint(out: str, parts: dict[str, Any], **more) -> None:
+    """The state of every part and what else a resume needs, from the main process."""
+    if RANK == 0:
+        state = {name: part.state_dict() for name, part in parts.items()} | more
+        save(Path(out) / "checkpoint.pt", functools.partial(torch.save, state))
+
+
+def last_checkpoint(out: str | Path) -> str:
+    path = Path(out) / "checkpoint.pt"
+    if path.exists():
+        return f"{path} holds the last complete epoch, and --resume continues it"
+    return "no epoch was complete, so there is no checkpoint, and --resume starts anew"
+
+
+def named_tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict in a file, bare or under "model" or "state_dict"."""
+    state = next(
+        (saved[k] for k in ("model", "state_dict") if isinstance(saved.get(k), dict)), saved
+    )
+    tensors = [(k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)]
+    return {k.removeprefix("module."): v for k, v in tensors}
+
+
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], path: str | Path, free: tuple[str, ...] = ()
+) -> tuple[list[str], list[str]]:
+    """Fill a model from named tensors; returns which of its own and of theirs do not fit.
+
+    Those must begin with one of `free`. Raises UserError for others; the model is then unchanged.
+    """
+    own = model.state_dict()
+    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+    missing, unused = ([k for k in names if k not in fitting] for names in (own, weights))
+    wrong = [k for k in dict.fromkeys(missing + unused) if not k.startswith(free)]
+
+    def shape(tensors: dict[str, Tensor], name: str) -> str:
+        return str(tuple(tensors[name].shape)) if name in tensors else "missing"
+
+    some = [f"{k} is {shape(weights, k)} in it, {shape(own, k)} in the model" for k in wrong[:3]]
+    some += [f"and {len(wrong) - 3} more"] * (len(wrong) > 3)
+    require(not wrong, f"{path} does not fit the model: {'; '.join(some)}")
+    model.load_state_dict(own | fitting)
+    return missing, unused
+
+
+def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]:
+    """Fill a ViT from a file; returns the names of what the file does not hold, left as it was.
+
+    The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, the authors', or
+    a state dict with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it
+    are left out. The head, and the norm before it, are taken where they fit. Sin-cos positions of
+    another grid are made anew, learned ones resized. truncated: the file may have fewer blocks than
+    the ViT [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
+    """
+    saved = load_file(path)
+    weights = named_tensors(saved)
+    prefix = "encoder." if "encoder.cls_token" in weights else ""  # of our pre-training checkpoints
+    weights = {
+        k.removeprefix(prefix): v
+        for k, v in weights.items()
+        if k.startswith(prefix) and not k.startswith(("decoder", "mask_token"))
+    }
+    require("cls_token" in weights, f"--from {path} holds no weights of a ViT")
+    if "pos_embed" in weights and weights["pos_embed"].ndim == 3:
+        try:
+            grid = Config(**saved["config"]).grid
+        except (KeyError, TypeError):  # not a file of ours
+            grid = None
+        weights["pos_embed"] = fit_positions(weights["pos_embed"].float(), grid, vit.config)
+    free = ("norm.", "fc_norm.", "head.")  # as the classes and the pooling want them
+    if truncated:
+        free += tuple(f"blocks.{k}." for k in range(depth_of(weights), vit.config.depth))
+    missing, unused = load_weights(vit, weights, f"--from {path}", free)
+
+    def brief(names: list[str]) -> str:  # those of a block as one
+        short = dict.fromkeys(re.sub(r"^(blocks\.\d+)\..*", r"\1", name) for name in names)
+        return ", ".join([*short][:8]) + (", …" if len(short) > 8 else "")
+
+    own = len(vit.state_dict())
+    report = f"{own - len(missing)} of {own} tensors from {path}"
+    report += f"; at random: {brief(missing)}" if missing else ""
+    say(report + (f"; unused: {brief(unused)}" if unused else ""))
+    return missing
+
+
+def fit_positions(table: Tensor, grid: tuple[int, int] | None, config: Config) -> Tensor:
+    """A position table (1, 1+n, D) of `grid`, None for a square one, for the grid of `config`.
+
+    The sin-cos table is made anew, a learned one resized (bicubic). Raises UserError where n is no
+    square.
+    """
+    n, width = table.shape[1] - 1, table.shape[2]
+    if grid is None:
+        grid = config.grid if n == config.num_patches else (math.isqrt(n), math.isqrt(n))
+    if grid == config.grid:
+        return table
+    require(
+        math.prod(grid) == n,
+        f"--from holds {n} positions, which are no square grid to be resized",
+    )
+    if width % 4 == 0 and torch.allclose(table, mirl.sincos_positions(width, grid), atol=1e-4):
+        return mirl.sincos_positions(width, config.grid)
+    say(f"learned positions resized from {grid} to {config.grid} patches")
+    return mirl.resize_positions(table, grid, config.grid)
+
+
+def depth_of(weights: dict[str, Tensor], blocks: str = "blocks.") -> int:
+    """How many parts there are below a name that ends in a dot."""
+    return len({k[len(blocks) :].split(".")[0] for k in weights if k.startswith(blocks)})
+
+
+def encoder_shape(weights: dict[str, Tensor], path: str | Path) -> dict[str, int]:
+    """What the shapes of a ViT's weights, under timm's names, say of its `Config`: for square
+    images all but the heads. Raises UserError for other weights."""
+    try:
+        D, C, P, _ = weights["patch_embed.proj.weight"].shape
+        side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    except (KeyError, ValueError, IndexError):
+        raise UserError(f"{path} holds no weights of a ViT") from None
+    depth = depth_of(weights)
+    return dict(depth=depth, width=D, channels=C, patch_size=P, image_size=side * P)
+
+
+def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
+    """The model that a file of pre-training holds, decoders and all.
+
+    The file is our checkpoint.pt or the authors'. overrides: fields of `Config` to be replaced. The
+    authors' file tells all but `heads` and `decoder_heads`: these are of the model in MODELS with
+    as many blocks, of this width, in as many segments; of another model the overrides give them.
+    Raises UserError where the file holds no such model, or does not fit.
+    """
+    saved = load_file(path)
+    extended = ("feature_", "momentum_encoder.")  # what a further objective has added
+    weights = {k: v for k, v in named_tensors(saved).items() if not k.startswith(extended)}
+    require(
+        weights.keys() >= {"encoder.cls_token", "decoders.0.mask_token"},
+        f"{path} holds no decoders: give a checkpoint.pt of pre-training, or the authors' file of "
+        "a pre-trained model",
+    )
+    fields = saved.get("config")
+    if fields is None:
+        encoder = {k.removeprefix("encoder."): v for k, v in weights.items()}
+        fields = encoder_shape(encoder, path) | dict(
+            segments=depth_of(weights, "decoders."),
+            decoder_width=weights["decoders.0.mask_token"].shape[2],
+            decoder_depth=depth_of(weights, "decoders.0.blocks."),
+            weight_norm="decoders.0.head.weight" not in weights,
+        )
+        size = [fields[k] for k in ("depth", "width", "segments")]
+        for c in mirl.MODELS.values():
+            if size == [c.depth, c.width, c.segments]:
+                fields |= dict(heads=c.heads, decoder_heads=c.decoder_heads)
+        require(
+            fields.keys() | overrides >= {"heads", "decoder_heads"},
+            "{}: no model has {} blocks of width {} in {} segments, so its heads are not known: "
+            "give heads and decoder_heads".format(path, *size),
+        )
+    model = mirl.MIRL(Config(**fields | overrides))
+    load_weights(model, weights, path)
+    return model
+
+
+def load_classifier(weights: dict[str, Tensor], name: str, path: str) -> mirl.ViT:
+    """The classifier with these weights, under timm's names: a fine-tuned ViT of the authors, MAE
+    or timm.
+
+    Sizes and pooling follow from names and shapes, the heads from the model `name`. Raises
+    UserError for other weights, or where that model is of another depth or width.
+    """
+    require("head.weight" in weights, f"--from {path} is no fine-tuned model: it has no head")
+    shape, named = encoder_shape(weights, path), mirl.model_config(name)
+    require(
+        (shape["depth"], shape["width"]) == (named.depth, named.width),
+        f"--from {path} has {shape['depth']} blocks of width {shape['width']}, and --model {name} "
+        f"has {named.depth} of {named.width}: give the --model that it is",
+    )
+    pool = "mean" if "fc_norm.weight" in weights else "cls"
+    model = mirl.build_vit(name, **shape, num_classes=len(weights["head.weight"]), pool=pool)
+    load_weights(model, weights, f"--from {path}")
+    return model

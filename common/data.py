@@ -1,0 +1,353 @@
+"""Images: where they come from, in which order, and how worker processes bring them."""
+
+import contextlib
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
+
+from common.distributed import RANK, WORLD_SIZE, gather, rank_zero_first, say
+from common.shapes import CLASSES, make_shapes
+from mirl import UserError, imagenet_statistics, require
+
+BICUBIC = InterpolationMode.BICUBIC
+SMALL = 64  # images up to this side are used whole
+
+
+@dataclass
+class ImageSet:
+    """A data set, in memory or in files."""
+
+    images: Tensor | np.ndarray  # uint8 (n, 3, H, W), or names of files below `root`, as bytes (n,)
+    labels: Tensor  # int64 (n,), −1 where there is none
+    classes: list[str]  # empty where there are no labels
+    root: str = ""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, i: int) -> str:
+        in_memory = isinstance(self.images, Tensor)
+        return f"image {i}" if in_memory else os.path.join(self.root, os.fsdecode(self.images[i]))
+
+    def read(self, i: int) -> Tensor | None:
+        """Image i, uint8 (3, h, w); None where it cannot be read."""
+        return self.images[i] if isinstance(self.images, Tensor) else read_image(self.name(i))
+
+    def select(self, indices: Tensor) -> "ImageSet":
+        """The images with these indices, int64 (m,)."""
+        images = self.images[indices if isinstance(self.images, Tensor) else indices.numpy()]
+        return replace(self, images=images, labels=self.labels[indices])
+
+    def digest(self) -> str:
+        """The same for the same data, wherever they lie: of the pixels or the files' names, the
+        labels and the classes."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for part in (self.labels, self.images):
+            digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()
+
+
+def file_names(names: list[str]) -> np.ndarray:
+    """Names as one array of bytes, which forked worker processes share. Each of them would end up
+    with a copy of a list of strings, because Python counts references inside every string."""
+    return np.array([os.fsencode(name) for name in names], dtype=bytes)
+
+
+def read_image(path: str) -> Tensor | None:
+    """An image file as uint8 (3, h, w); None where it cannot be read."""
+    # torchvision decodes JPEG faster than PIL, and crashes on damaged PNG. Its decoder is
+    # deprecated from 0.29 on; where it is gone, PIL serves.
+    with contextlib.suppress(RuntimeError, AttributeError):
+        content = torchvision.io.read_file(path)
+        return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB)
+    try:
+        with Image.open(path) as image:
+            return TF.pil_to_tensor(image.convert("RGB"))
+    except Exception:  # PIL raises nearly anything on a broken file
+        return None
+
+
+def read_images(flag: str, paths: list[str]) -> list[Tensor]:
+    """The image files given to a flag, uint8 (3, h, w) each. Raises UserError for one that is not
+    there or cannot be read."""
+    images = []
+    for path in paths:
+        require(Path(path).is_file(), f"{flag}: there is no file {path}")
+        images.append(read_image(path))
+        require(images[-1] is not None, f"{flag}: {path} cannot be read as an image")
+    return images
+
+
+def load_data(name: str, data_dir: str, split: str) -> ImageSet:
+    """A data set by the name given to --data; split: "train" or "val".
+
+    `shapes`, `cifar10` and `cifar100` lie in memory, `imagenette` (ten classes of ImageNet, of 320
+    pixels) in files; the last three are downloaded into `data_dir` at first use. Anything else is a
+    folder of files. Raises UserError for what cannot be had.
+    """
+    if name == "shapes":
+        shapes = make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
+        return ImageSet(*shapes, CLASSES)
+    if name not in ("cifar10", "cifar100", "imagenette"):
+        return load_folder(Path(name), split)
+    try:
+        with rank_zero_first():
+            if name == "imagenette":
+                data = datasets.Imagenette(data_dir, split, size="320px", download=True)
+            else:
+                kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+                data = kind(data_dir, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--data {name} could not be downloaded into {data_dir} ({error}): connect to the "
+            "network, put the files there, or use --data shapes, which needs no download"
+        ) from None
+    if name == "imagenette":
+        found = load_folder(Path(data_dir) / "imagenette2-320", split)
+        return replace(found, classes=[synonyms[0] for synonyms in data.classes])
+    images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
+    return ImageSet(images, torch.tensor(data.targets), list(data.classes))
+
+
+def load_folder(root: Path, split: str) -> ImageSet:
+    """The image files of a folder.
+
+    Where it has train/ and val/, their subfolders are the classes; else its images have no labels,
+    and every fiftieth is one of the validation split. Raises UserError where there are none.
+    """
+    require(
+        root.is_dir(),
+        f"--data {root}: there is no such folder (and the names are shapes, cifar10, cifar100, "
+        "imagenette)",
+    )
+    has_splits = (root / "train").is_dir() and (root / "val").is_dir()
+    folder = root / split if has_splits else root / "train" if (root / "train").is_dir() else root
+    names = files_in(folder)
+    require(names, f"--data {root}: {folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    if not has_splits and len(names) > 1:
+        names = [n for i, n in enumerate(names) if (i % 50 == 0) == (split == "val")]
+    try:
+        classes, index = find_classes(root / "train") if has_splits else ([], {})
+    except FileNotFoundError:  # images right in train/, without classes
+        classes, index = [], {}
+    labels = torch.tensor([index.get(name.split(os.sep)[0], -1) for name in names])
+    return ImageSet(file_names(names), labels, classes, str(folder))
+
+
+def files_in(folder: Path, extensions: tuple[str, ...] = IMG_EXTENSIONS) -> list[str]:
+    """Names, relative to the folder, of its files of these kinds at any depth, in order."""
+    # make_dataset finds those of a class's folder: here of the whole
+    found = make_dataset(folder, {".": 0}, extensions, allow_empty=True)
+    prefix = os.path.join(folder, ".", "")
+    return [path.removeprefix(prefix) for path, _ in found]
+
+
+def subset(data: ImageSet, wanted: int | None, seed: int, flag: str) -> ImageSet:
+    """As many of the images as a flag says, drawn at random, or all. Raises UserError where there
+    are fewer."""
+    if wanted is None:
+        return data
+    require(wanted <= len(data), f"{flag} {wanted}: there are {len(data)}")
+    generator = torch.Generator().manual_seed(seed_of("images", seed))
+    return data.select(torch.randperm(len(data), generator=generator)[:wanted])
+
+
+def seed_of(purpose: str, *parts: int) -> int:
+    """One well-mixed 63-bit seed from a purpose and several numbers, the same everywhere."""
+    digest = hashlib.sha256(repr((purpose, *parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def micro_batches(batch_size: int, device_batch_size: int | None, limit: int) -> tuple[int, int]:
+    """Cut this process's share of an effective batch: images at a time, and how many times.
+
+    Without a device batch size it takes the largest up to `limit` that comes out even. Raises
+    UserError, and names a size that works, where the given one does not divide.
+    """
+    nearest = max(1, round(batch_size / WORLD_SIZE)) * WORLD_SIZE
+    require(
+        batch_size % WORLD_SIZE == 0,
+        f"--batch-size {batch_size} does not divide over {WORLD_SIZE} processes: try {nearest}",
+    )
+    share = batch_size // WORLD_SIZE
+    size = device_batch_size or limit
+    fitting = max(d for d in range(1, min(size, share) + 1) if share % d == 0)
+    require(
+        device_batch_size in (None, fitting),
+        f"--device-batch-size {size} does not divide the {share} images that each of {WORLD_SIZE} "
+        f"process(es) takes of --batch-size {batch_size}: try {fitting}",
+    )
+    return fitting, share // fitting
+
+
+class EpochSampler(Sampler):
+    """This process's (epoch, image) pairs; processes never overlap.
+
+    batch_size: the effective one of training. The order is then shuffled, by (seed, epoch) alone,
+    and what does not fill a batch is left out. Without it, all images in order, each once over all
+    processes. Raises UserError where there are fewer images than a batch takes.
+    """
+
+    def __init__(self, images: int, batch_size: int | None = None, seed: int = 0):
+        require(
+            (batch_size or 0) <= images,
+            f"--batch-size {batch_size} is larger than the {images} training images",
+        )
+        self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
+        self.used = images - images % (batch_size or 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(range(RANK, self.used, WORLD_SIZE))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.arange(self.images)
+        if self.batch_size:
+            generator = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
+            order = torch.randperm(self.images, generator=generator)
+        for i in order[: self.used][RANK::WORLD_SIZE].tolist():
+            yield self.epoch, i
+
+
+class AugmentedImages(Dataset):
+    """Single images, each transformed at random in its own way: what worker processes run.
+
+    transform: uint8 (3, h, w) -> uint8 (3, *size). Indexed with (epoch, i): the same pair gives the
+    same picture, whichever process makes it. Returns (image, label, bad). Where image i cannot be
+    read, the next readable one stands in and bad is i (else −1), so that every batch keeps its size
+    and nothing fails unseen. A stand-in has its own label if `keep_labels`, else −1. Raises
+    UserError where nothing can be read.
+
+    Data whose `read` gives (image, target) are transformed together and come as (image, target,
+    bad); the target of a stand-in that may not keep it is None.
+
+    In the main process `broken` are the names of the images that could not be read so far.
+    """
+
+    def __init__(
+        self, data: ImageSet, transform: Callable, seed: int = 0, keep_labels: bool = True
+    ):
+        self.data, self.transform, self.seed, self.keep_labels = data, transform, seed, keep_labels
+        self.broken: set[str] = set()
+        readable = any(data.read(i) is not None for i in range(len(data)))  # stops at the first
+        require(readable, f"none of the {len(data)} images like {data.name(0)} can be read")
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any, int]:
+        epoch, i = key
+        n = len(self.data)
+        for good in (j % n for j in range(i, i + min(n, 1000))):
+            found = self.data.read(good)
+            if found is not None:
+                break
+        else:
+            raise UserError(f"{self.data.name(i)} and what follows it can no longer be read")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of("file", self.seed, epoch, i))
+            known, bad = good == i or self.keep_labels, i if good != i else -1
+            if isinstance(found, tuple):
+                image, target = self.transform(*found)
+                return image, target if known else None, bad
+            return self.transform(found), int(self.data.labels[good]) if known else -1, bad
+
+
+def collate(samples: list[tuple]) -> list:
+    """torch's collate of each column of the samples, but a list of what it cannot stack: tensors of
+    several sizes, targets in dicts, and None."""
+
+    def alike(column: tuple) -> bool:
+        kinds = {getattr(x, "shape", type(x)) for x in column}
+        return len(kinds) == 1 and kinds.isdisjoint({dict, type(None)})
+
+    return [default_collate(c) if alike(c) else list(c) for c in zip(*samples, strict=True)]
+
+
+def make_loader(
+    dataset: AugmentedImages,
+    sampler: EpochSampler,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> DataLoader:
+    """Batches through worker processes that live over the epochs, or, of 0, in this one."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # else it draws from the one that masks come from
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+
+
+def ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+
+
+def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """An epoch: images float32 (b, 3, *size), normalised, and labels int64 (b,), on the device.
+
+    Where images differ in size, they come as a list. So do targets that are no tensors alike. What
+    could not be read is named at the end, once, and added to `loader.dataset.broken`.
+    """
+    found: set[int] = set()
+    for images, labels, bad in loader:
+        found |= set(bad[bad >= 0].tolist())
+        images, labels = (move_to(x, device, loader.pin_memory) for x in (images, labels))
+        alike = isinstance(images, Tensor)
+        yield normalise_images(images) if alike else [*map(normalise_images, images)], labels
+    dataset = loader.dataset
+    names = {dataset.data.name(i) for i in set().union(*gather(found))}
+    for name in sorted(names - dataset.broken):
+        say(f"warning: {name} cannot be read: another image is in its place")
+    dataset.broken |= names
+
+
+def move_to(x: Any, device: torch.device, non_blocking: bool) -> Any:
+    """x with the tensors in it, also in lists and dicts, on the device."""
+    if isinstance(x, list):
+        return [move_to(v, device, non_blocking) for v in x]
+    if isinstance(x, dict):
+        return {k: move_to(v, device, non_blocking) for k, v in x.items()}
+    return x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x
+
+
+def normalise_images(images: Tensor) -> Tensor:
+    """(…, 3, H, W) of values in 0..255 -> float32, with ImageNet's mean and deviation."""
+    mean, std = imagenet_statistics(images.device)
+    return (images.float() / 255 - mean) / std
+
+
+def center_crop(size: tuple[int, int]) -> Callable:
+    """The short side to 256/224 of the wanted one and a central crop; sizes up to 64 whole. [R]"""
+    share = 256 / 224 if min(size) > SMALL else 1
+    shorter = v2.Resize(round(max(size) * share), interpolation=BICUBIC, antialias=True)
+    return v2.Compose([shorter, v2.CenterCrop(size)])
+
+
+def validation_images(data: ImageSet, size: tuple[int, int], wanted: int) -> Tensor:
+    """Images spread evenly over a data set, without randomness: float32 (wanted, 3, *size),
+    normalised."""
+    images = AugmentedImages(data, center_crop(size))
+    picks = torch.linspace(0, len(data) - 1, min(wanted, len(data))).long().tolist()
+    return normalise_images(torch.stack([images[0, i][0] for i in picks]))

@@ -1,0 +1,135 @@
+"""Processes and devices."""
+
+import contextlib
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
+
+from mirl import UserError, require
+
+# torchrun's environment; without it this process is the only one
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text: str) -> None:
+    """Print from the main process, without tearing a progress bar."""
+    if RANK == 0:
+        tqdm.write(text.encode(errors="backslashreplace").decode())  # a file's name may be no UTF-8
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def process_group(device_flag: str) -> Iterator[torch.device]:
+    """Yields this process's device; under torchrun, joins the other processes first.
+
+    nccl on CUDA, gloo elsewhere. Raises UserError for a device that is not there.
+    """
+    device = pick_device(device_flag)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    yield device
+    if dist.is_initialized():  # after an error the others may never come to this
+        dist.barrier()  # gloo can hang where another process is gone already
+        dist.destroy_process_group()
+
+
+def pick_device(flag: str) -> torch.device:
+    """auto: CUDA, then MPS, then CPU. Raises UserError for a device that is not there."""
+    name = flag
+    if flag == "auto":
+        here = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
+        name = here if here == "cuda" or (here == "mps" and WORLD_SIZE == 1) else "cpu"
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
+    kind = name.split(":")[0]
+    require(kind in ("cuda", "mps", "cpu"), f"--device {flag}: use auto, cuda, cuda:N, mps or cpu")
+    require(
+        WORLD_SIZE == 1 or flag in ("auto", "cuda", "cpu"),
+        f"--device {flag} is for one process: under torchrun use cuda or cpu",
+    )
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {flag}: process {LOCAL_RANK} of this node cannot have it ({reason}); use "
+            "fewer processes or another device"
+        ) from None
+
+
+def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 on CUDA devices made for it, else fp32. Raises UserError where it cannot be."""
+    cuda = device.type == "cuda"
+    bf16 = not cuda or torch.cuda.get_device_capability(device) >= (8, 0)
+    require(flag != "bf16" or bf16, "--dtype bf16: this GPU has no bf16; use fp16 or fp32")
+    require(
+        flag != "fp16" or cuda,
+        f"--dtype fp16 needs a CUDA device, not {device.type}; use bf16 or fp32",
+    )
+    if flag == "auto":
+        flag = "bf16" if cuda and bf16 else "fp32"
+    return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[flag]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """torch's autocast to `dtype`; float32 turns it off, one around it too."""
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype if half else None, enabled=half)
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model itself for one process, else in DistributedDataParallel, which leaves buffers
+    alone: see `share_buffers`."""
+    if WORLD_SIZE == 1:
+        return model
+    DDP = nn.parallel.DistributedDataParallel
+    names = ("forward_sync_buffers", "broadcast_buffers")  # newer versions of torch renamed it
+    name = next(n for n in names if n in inspect.signature(DDP).parameters)
+    ids = [device] if device.type == "cuda" else None
+    return DDP(model, ids, gradient_as_bucket_view=True, **{name: False})
+
+
+def syncs_batch_norm(device: torch.device) -> bool:
+    """Whether batch norm sees the images of several processes: torch has it for CUDA alone."""
+    return WORLD_SIZE > 1 and device.type == "cuda"
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Every process takes those of process 0: where batch norm is not synchronised, each has seen
+    other images, and before an evaluation they must agree."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every process, in the order of their ranks."""
+    values = [value] * WORLD_SIZE
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Process 0 goes through first, then the first of each node, then the rest."""
+    turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    barrier = dist.barrier if dist.is_initialized() else lambda: None
+    for _ in range(turn):
+        barrier()
+    try:
+        yield
+    finally:
+        for _ in range(2 - turn):
+            barrier()

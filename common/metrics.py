@@ -1,0 +1,219 @@
+"""Parameter groups, the schedule of the learning rate, and the log of a run."""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from common.checkpoint import last_checkpoint, save
+from common.distributed import RANK, WORLD_SIZE, pick_dtype, say
+from mirl import UserError
+
+
+class TrainingError(UserError):
+    """Training went wrong: said in one sentence, exit code 1."""
+
+    exit_code = 1
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, scale: Callable[[str], float] = lambda _: 1
+) -> list[dict[str, Any]]:
+    """AdamW's groups: no weight decay on biases and norms, nor (our choice) on class and mask
+    tokens; lr · scale(name) for the parameter of that name. [S A.1]"""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.ndim > 1 and not name.endswith(("cls_token", "mask_token"))
+            key = (lr * scale(name), weight_decay if decays else 0.0)
+            groups.setdefault(key, []).append(p)
+    return [dict(params=ps, lr=lr, weight_decay=wd) for (lr, wd), ps in groups.items()]
+
+
+def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine") -> float:
+    """The learning rate of a 0-based step as a share of its peak.
+
+    A linear warm-up that reaches 1 at its last step, then "cosine" [S A.1] or "linear" decay to 0,
+    or "step": a tenth after 2/3 of the run and a hundredth after 11/12 of it, which are the 8th and
+    11th of the 12 epochs usual for detection (S Table 3 and A.2 give no steps).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "step":
+        return 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 11 / 12))
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+class MetricLogger:
+    """A run's folder: config.json, metrics.jsonl; a progress bar on a terminal, or lines anywhere
+    else; TensorBoard.
+
+    images: of the training split. A step is `accumulation` times `device_batch_size` of them in
+    every process. It waits for the device once every `--log-every` steps, to read the losses since.
+    `history` holds the epochs' records, `written` is the length of metrics.jsonl in bytes.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, images: int, device_batch_size: int, accumulation: int
+    ):
+        self.args, self.images = args, images
+        self.device_batch_size, self.accumulation = device_batch_size, accumulation
+        self.steps = images // args.batch_size  # an epoch; what does not fill a batch is left out
+        self.total = args.epochs * self.steps
+        self.path = Path(args.out) / "metrics.jsonl"
+
+    def start(self, saved: dict[str, Any], model: nn.Module, device: torch.device) -> None:
+        """Begin, or go on from a checkpoint, with metrics.jsonl as it was then."""
+        args, self.board = self.args, None
+        self.history, self.written = saved.get("history", []), saved.get("written", 0)
+        self.step = saved.get("epoch", 0) * self.steps
+        # None: where there is no terminal
+        disable = None if RANK == 0 else True
+        self.bar = tqdm(total=self.total, initial=self.step, disable=disable, dynamic_ncols=True)
+        if RANK != 0:
+            return
+        settings = vars(args) | dict(
+            device=str(device),
+            dtype=str(pick_dtype(args.dtype, device)).removeprefix("torch."),
+            processes=WORLD_SIZE,
+            device_batch_size=self.device_batch_size,
+            accumulation=self.accumulation,
+            model_config=dataclasses.asdict(model.config),
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings, indent=2) + "\n"
+        save(self.path.with_name("config.json"), lambda path: path.write_text(text))
+        with open(self.path, "ab") as file:
+            file.truncate(min(self.written, file.tell()))
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self.path.with_name("tensorboard")
+            self.board = SummaryWriter(folder, purge_step=self.step + 1)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(
+            f"{args.model}, {trained / 1e6:.2f}M parameters, on {device}; "
+            f"{self.images} images, {self.steps} steps an epoch, lr {args.lr:.3g}; "
+            f"effective batch {args.batch_size} = {WORLD_SIZE} process(es) x "
+            f"{self.device_batch_size} images x {self.accumulation} accumulated"
+        )
+
+    def start_epoch(self, epoch: int) -> None:
+        """epoch: from 1."""
+        self.epoch, self.window = epoch, []  # the losses of each micro-batch since the last log
+        self.epoch_losses: list[Tensor] = []  # of each step up to the last log
+        self.start_clock()
+        self.epoch_began = self.clock
+
+    def start_clock(self) -> None:
+        self.clock, self.waited = time.perf_counter(), 0.0
+
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches; the time that the loop waits for them is logged as `input_wait`."""
+        began = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+
+    def add(self, **losses: Tensor) -> None:
+        """The losses of a micro-batch, scalars, to be logged by name; `loss` is the total."""
+        self.names = list(losses)
+        self.window.append(torch.stack([loss.detach().float() for loss in losses.values()]))
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step is logged: every so many, and the last of an epoch."""
+        step = self.step + 1
+        return step % self.args.log_every == 0 or step % self.steps == 0
+
+    def end_step(self, lr: float, norm: Tensor | None, **vectors: Tensor) -> None:
+        """A step is done. Where it is due, write what the steps since the last log did, with its
+        learning rate, gradient norm and `vectors`. Raises TrainingError for NaN or infinity."""
+        due, self.step = self.due, self.step + 1
+        self.bar.update()
+        if not due:
+            return
+        losses = torch.stack(self.window)  # (micro-batches, terms)
+        losses = losses.unflatten(0, (-1, self.accumulation)).mean(dim=1)  # (steps, terms)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(losses)
+            losses /= WORLD_SIZE
+        losses = losses.cpu().double()  # here the loop waits for the device
+        self.go_on_if(losses.isfinite().all(), "a loss up to")
+        seconds = time.perf_counter() - self.clock
+        speed = len(losses) * self.args.batch_size / seconds
+        self.epoch_losses.append(losses)
+        self.record = dict(
+            epoch=self.epoch,
+            step=self.step,
+            **dict(zip(self.names, losses.mean(dim=0).tolist(), strict=True)),
+            lr=lr,
+            grad_norm=norm.item(),
+            images_per_second=round(speed, 1),
+            input_wait=round(self.waited / seconds, 4),
+            peak_memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3),  # 0 without CUDA
+        )
+        self.write("step", self.record | {k: v.tolist() for k, v in vectors.items()})
+        text = f"loss {self.record['loss']:.4f}  lr {lr:.2e}  {speed:.0f} img/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            left = (self.total - self.step) * seconds / len(losses)
+            place = f"epoch {self.epoch}/{self.args.epochs}  step {self.step}/{self.total}"
+            say(f"{place}  {text}  {tqdm.format_interval(left)} left")
+        self.window = []
+        self.start_clock()
+
+    def check_weights(self, model: nn.Module) -> None:
+        """At the end of an epoch, whose last loss may be finite and its step ruin the weights.
+        Raises TrainingError where one is not finite."""
+        finite = torch.stack([p.isfinite().all() for p in model.parameters()])
+        self.go_on_if(finite.all(), "a weight after")
+
+    def go_on_if(self, finite: Tensor, what: str) -> None:
+        if not finite:
+            raise TrainingError(
+                f"{what} step {self.step} (epoch {self.epoch}) is not finite; "
+                f"{last_checkpoint(self.args.out)}; try a lower --lr, --clip-grad 1, or --dtype "
+                "bf16 or fp32"
+            )
+
+    def end_epoch(self, **record) -> None:
+        """Write the epoch, with `record`'s values too; its speed is that of training alone."""
+        training = self.clock - self.epoch_began  # up to the last step, which was logged
+        means = torch.cat(self.epoch_losses).mean(dim=0).tolist()
+        self.record |= dict(zip(self.names, means, strict=True))
+        self.record |= dict(
+            images_per_second=round(self.steps * self.args.batch_size / training, 1),
+            seconds=round(time.perf_counter() - self.epoch_began, 2),
+            **record,
+        )
+        self.history.append(self.record)
+        self.write("epoch", self.record)
+
+    def write(self, kind: str, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and its numbers to TensorBoard if asked for."""
+        if RANK != 0:
+            return
+        line = json.dumps(dict(kind=kind) | record)
+        line = re.sub("-?Infinity|NaN", "null", line)  # JSON has neither
+        with open(self.path, "a") as file:
+            file.write(line + "\n")
+        self.written = self.path.stat().st_size
+        if self.board:
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{kind}/{name}", value, record["step"])
+            self.board.flush()

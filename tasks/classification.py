@@ -1,0 +1,207 @@
+"""Classification: augmentation, labelled images, loss and measure."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
+
+from common.data import (
+    BICUBIC,
+    SMALL,
+    ImageSet,
+    batches,
+    center_crop,
+    load_data,
+    normalise_images,
+    subset,
+)
+from common.distributed import autocast, gather, pick_dtype, say
+from mirl import IMAGENET_MEAN, Config, ViT, require
+
+GREY = [round(255 * m) for m in IMAGENET_MEAN]  # where an image is moved away
+
+
+class Classification:
+    """What --task decides around the loop of train_finetune.py; other tasks have these methods."""
+
+    best = "top1"  # the score by which the best model is chosen
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        self.dtype = pick_dtype(args.dtype, device)
+
+    def data(self, split: str) -> ImageSet:
+        """The images of a split, "train" or "val", with their targets."""
+        return labelled(self.args, split)
+
+    def model(self, vit: ViT, classes: int, head_width: int | None) -> nn.Module:
+        """The ViT with what the task adds to it; the classifier is a ViT's own head."""
+        self.mix = mixup_or_cutmix(self.args, classes)
+        return vit
+
+    def transform(self, config: Config, training: bool) -> Callable:
+        """What is done to an image, uint8 (3, h, w), before it is in a batch."""
+        if training:
+            return finetune_transform(config.image_hw, self.args.randaug)
+        return center_crop(config.image_hw)
+
+    def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """ "loss", to be minimised, and its terms to be logged, scalars, of normalised images,
+        float32 (B, 3, H, W), and their labels, int64 (B,)."""
+        images, targets = self.mix(images, labels)
+        with autocast(self.device, self.dtype):
+            logits = model(images)  # (B, classes)
+        smoothing = self.args.label_smoothing
+        return dict(loss=F.cross_entropy(logits.float(), targets, label_smoothing=smoothing))
+
+    @torch.no_grad()
+    def evaluate(self, models: list[nn.Module], loader: DataLoader) -> list[dict[str, float]]:
+        """Each model's top-1 and top-5 in percent and mean cross-entropy, over all processes. An
+        image counts once, and one that cannot be read not at all. Leaves models in eval mode."""
+        for model in models:
+            model.eval()
+        mine = torch.zeros(len(models), 4, device=self.device)
+        for images, labels in batches(loader, self.device):
+            with autocast(self.device, self.dtype):
+                # by __call__, torch.compile would compile once more
+                logits = [model.forward(images) for model in models]
+            mine += torch.stack([score(x.float(), labels) for x in logits])
+        totals = sum(gather(mine.cpu().double()))
+        return [
+            dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, val_images=int(n))
+            for top1, top5, loss, n in totals.tolist()
+        ]
+
+    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor | None:
+        """Print what the model sees in an image, uint8 (3, h, w); a picture of it, if any."""
+        x = normalise_images(self.transform(model.config, training=False)(image))
+        probabilities = model(x[None].to(self.device))[0].softmax(dim=0)
+        top = probabilities.topk(min(5, len(classes)))
+        for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            say(f"  {100 * p:5.1f} %  {classes[i]}")
+
+
+def score(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over images with a label: first guess right, one of five right, cross-entropy, 1.
+
+    logits: float32 (B, classes); labels: int64 (B,), −1 where there is none. Returns (4,).
+    """
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, (labels >= 0).sum()])
+
+
+def labelled(args: argparse.Namespace, split: str) -> ImageSet:
+    """The images of --data that have labels, as many as --train-images or --val-images say. Raises
+    UserError where there are none, or fewer."""
+    data = load_data(args.data, args.data_dir, split)
+    keep = (data.labels >= 0).nonzero()[:, 0]
+    require(
+        len(keep),
+        f"--data {args.data}: the {split} images have no labels; they come from the folders "
+        "train/<class>/ and val/<class>/",
+    )
+    if left := len(data) - len(keep):
+        say(f"warning: {left} {split} images are in no folder of a class in train/: left out")
+        data = data.select(keep)
+    if split == "train":
+        return subset(data, args.train_images, args.seed, "--train-images")
+    return subset(data, args.val_images, 0, "--val-images")  # the same in every run
+
+
+# ------------------------------------------------------------------------------------------------
+# Augmentation
+# ------------------------------------------------------------------------------------------------
+
+
+def random_sign(strength: float) -> float:
+    return strength if torch.rand(()) < 0.5 else -strength
+
+
+def move(image: Tensor, angle=0.0, right=0.0, down=0.0, shear_x=0.0, shear_y=0.0) -> Tensor:
+    """Turn (degrees), shift (shares of the sides) or shear (tangents); the corners become grey."""
+    shift = [int(right * image.shape[2]), int(down * image.shape[1])]
+    shear = [math.degrees(math.atan(t)) for t in (shear_x, shear_y)]
+    return TF.affine(image, angle, shift, 1.0, shear, InterpolationMode.BILINEAR, GREY)
+
+
+# What each operation of RandAug does to x, uint8 (3, H, W), at strength s in [0, 1]: more is
+# stronger. [R]
+AUGMENTATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "autocontrast": lambda x, s: TF.autocontrast(x),
+    "equalize": lambda x, s: TF.equalize(x),
+    "invert": lambda x, s: TF.invert(x),
+    "rotate": lambda x, s: move(x, angle=30 * random_sign(s)),
+    "posterize": lambda x, s: TF.posterize(x, max(1, 4 - int(4 * s))),  # no bits would be black
+    "solarize": lambda x, s: torch.where(x.int() >= 256 - int(256 * s), 255 - x, x),
+    "solarize_add": lambda x, s: torch.where(x < 128, x + int(110 * s), x),
+    "color": lambda x, s: TF.adjust_saturation(x, 1 + 0.9 * random_sign(s)),
+    "contrast": lambda x, s: TF.adjust_contrast(x, 1 + 0.9 * random_sign(s)),
+    "brightness": lambda x, s: TF.adjust_brightness(x, 1 + 0.9 * random_sign(s)),
+    "sharpness": lambda x, s: TF.adjust_sharpness(x, 1 + 0.9 * random_sign(s)),
+    "shear_x": lambda x, s: move(x, shear_x=0.3 * random_sign(s)),
+    "shear_y": lambda x, s: move(x, shear_y=0.3 * random_sign(s)),
+    "translate_x": lambda x, s: move(x, right=0.45 * random_sign(s)),
+    "translate_y": lambda x, s: move(x, down=0.45 * random_sign(s)),
+}
+
+
+class RandAugment(nn.Module):
+    """RandAug (magnitude, 0.5) as the paper's recipe means it. [S A.1, Table 2]
+
+    Two operations an image, each applied with probability 1/2, at a magnitude drawn from
+    N(magnitude, 0.5) on a scale of 0 to 10. It is not torchvision's RandAugment(2, 9), where 9 is
+    one of 31 bins, about 30 %, and both operations always apply. Takes and returns uint8 (3, H, W);
+    random numbers come from torch's global generator.
+    """
+
+    def __init__(self, magnitude: float):
+        super().__init__()
+        self.magnitude = magnitude
+
+    def forward(self, image: Tensor) -> Tensor:
+        for _ in range(2):
+            name = list(AUGMENTATIONS)[torch.randint(len(AUGMENTATIONS), ()).item()]
+            if torch.rand(()) < 0.5:
+                drawn = self.magnitude + 0.5 * torch.randn(()).item()
+                image = AUGMENTATIONS[name](image, min(max(drawn / 10, 0.0), 1.0))
+        return image
+
+
+def finetune_transform(size: tuple[int, int], randaug: float) -> Callable[[Tensor], Tensor]:
+    """[S A.1, Table 2]: crop, flip, RandAug of this magnitude (0: none); uint8 (3, h, w) ->
+    uint8 (3, *size).
+
+    The crop is random and resized (area 0.08 to 1); for sizes up to 64 the whole image, padded by
+    an eighth and cropped at random.
+    """
+    crop = [v2.RandomResizedCrop(size, interpolation=BICUBIC, antialias=True)]
+    if min(size) <= SMALL:
+        padding = [size[1] // 8, size[0] // 8]
+        crop = [center_crop(size), v2.RandomCrop(size, padding=padding)]
+    augment = RandAugment(randaug) if randaug else v2.Identity()
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(), augment])
+
+
+def mixup_or_cutmix(args: argparse.Namespace, classes: int) -> Callable:
+    """A function of images, float32 (B, 3, H, W), and labels, int64 (B,), on the device: random
+    erasing by pixel noise, image by image [R]; then mixup or cutmix, with probability 1/2 each and
+    one λ a batch [S A.1], which makes the labels targets, float32 (B, classes)."""
+    erase = v2.RandomErasing(args.erasing, value="random")
+    kinds = ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
+    choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+    mix = v2.RandomChoice(choices) if choices else v2.Identity()
+
+    def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if args.erasing:
+            images = torch.stack([erase(image) for image in images])
+        return mix(images, labels)
+
+    return mixed

@@ -1,0 +1,185 @@
+"""What segmentation and detection share: the ViT as a pyramid, the scenes, pictures of results."""
+
+import functools
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from common.distributed import rank_zero_first
+from common.shapes import SHAPES, make_scenes
+from mirl import ViT, patchify, require, resize_positions, sincos_positions
+
+SCENES = dict(train=(512, 2), val=(256, 3))  # images and seed
+
+# a colour for each class or object
+PALETTE = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6"]
+PALETTE += ["#bcf60c", "#fabebe", "#008080", "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3"]
+
+
+class Pyramid(nn.Module):
+    """The plain ViT as a backbone: images (B, C, H, W) -> four maps (B, D, H/4, W/4), …,
+    (B, D, H/32, W/32), un-normed, from the blocks at 1/3, 1/2, 2/3 and all of the depth. [S A.2]
+
+    H and W are at least 32 and divide into patches of 16, 8 or 4 pixels. Transposed convolutions or
+    max pooling, which drops what is left over, bring the maps to the strides 4, 8, 16 and 32, as in
+    BEiT. vit: with the pool "none"; it loses its norm, which no map passes. Raises UserError for
+    another patch, pool or size, or fewer than 6 blocks.
+    """
+
+    def __init__(self, vit: ViT):
+        super().__init__()
+        c = vit.config
+        require(c.pool == "none", f"maps are made by a ViT with the pool none, not {c.pool}")
+        require(c.depth >= 6, f"four maps need an encoder of at least 6 blocks, not {c.depth}")
+        require(
+            c.patch_size in (4, 8, 16),
+            f"--patch-size {c.patch_size}: segmentation and detection need patches of 4, 8 or 16",
+        )
+        self.vit = vit
+        vit.norm = nn.Identity()
+        self.ends = [c.depth * k // 6 for k in (2, 3, 4, 6)]  # after how many blocks
+
+        def up():
+            return nn.ConvTranspose2d(c.width, c.width, kernel_size=2, stride=2)
+
+        scales = {  # from one pixel a patch to strides 4, 8, 16, 32
+            16: [nn.Sequential(up(), nn.BatchNorm2d(c.width), nn.GELU(), up()), up(), 1, 2],
+            8: [up(), 1, 2, 4],
+            4: [1, 2, 4, 8],
+        }[c.patch_size]
+        self.rescale = nn.ModuleList(nn.MaxPool2d(s) if isinstance(s, int) else s for s in scales)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table of a grid, (1, 1+N, D): sin-cos ones anew, learned ones resized.
+
+        Which of them the model has is decided on the device, which a step must not wait for.
+        """
+        own, table = self.vit.config.grid, self.vit.pos_embed
+        if grid == own:
+            return table
+        side = 32 * math.ceil(max(*grid, *own) / 32)  # few tables serve all sizes
+        square = square_positions(table.shape[2], side, table.device).to(table.dtype)
+        old, new = (square[:h, :w].flatten(0, 1) for h, w in (own, grid))  # (N, D) each
+        fixed = torch.isclose(table[0, 1:], old, atol=1e-4).all()
+        new = F.pad(new, (0, 0, 1, 0))[None]  # (1, 1+N, D), with a zero row for the class token
+        return torch.where(fixed, new, resize_positions(table, own, grid))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        P, (H, W) = self.vit.config.patch_size, images.shape[2:]
+        require(
+            min(H, W) >= 32 and H % P == W % P == 0,
+            f"images of {H}x{W} must divide into patches of {P}, with sides of at least 32 pixels",
+        )
+        h, w = H // P, W // P
+        positions = self.positions((h, w))  # (1, 1+N, D)
+        x = self.vit.patch_embed(patchify(images, P)) + positions[:, 1:]  # (B, N, D)
+        cls = (self.vit.cls_token + positions[:, :1]).expand(len(x), -1, -1)  # (B, 1, D)
+        x = torch.cat([cls, x], dim=1)
+        maps = []
+        for k, block in enumerate(self.vit.blocks, start=1):
+            x = block(x)
+            if k in self.ends:
+                maps.append(rearrange(x[:, 1:], "b (h w) d -> b d h w", h=h))
+        return [rescale(x) for rescale, x in zip(self.rescale, maps)]
+
+
+@functools.lru_cache(maxsize=4)
+def square_positions(width: int, side: int, device: torch.device) -> Tensor:
+    """The sin-cos table of a side × side grid, (side, side, width), made once: a copy to a device
+    would wait for it. Any smaller grid's is its top-left corner."""
+    return sincos_positions(width, (side, side))[0, 1:].unflatten(0, (side, side)).to(device)
+
+
+# (B, D, h, w) and a size -> (B, D, *size)
+resize_maps = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
+
+
+def data_folder(name: str, data_dir: str) -> Path:
+    """The folder that --data names; `scenes` are written into `data_dir` at first use.
+
+    Raises UserError where there is none.
+    """
+    root = Path(data_dir) / "scenes" if name == "scenes" else Path(name)
+    if name == "scenes":
+        with rank_zero_first():
+            if not root.exists():
+                write_scenes(root)
+    require(root.is_dir(), f"--data {name}: there is no such folder (and the name is scenes)")
+    return root
+
+
+def annotation_file(folder: str | Path) -> Path:
+    """Where COCO's layout has the annotations of the images in this folder."""
+    folder = Path(folder)
+    return folder.parent / "annotations" / f"instances_{folder.name}.json"
+
+
+def write_scenes(folder: Path) -> None:
+    """Write 512 training and 256 validation scenes of `make_scenes` as ADE20K and COCO have them.
+
+    For segmentation the background is a class too. The folder appears when it is complete.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        whole = Path(temporary) / "scenes"
+        for split, part in (("train", "training"), ("val", "validation")):
+            scenes = make_scenes(*SCENES[split])
+            folders = [whole / x for x in (f"images/{part}", f"{split}2017", f"annotations/{part}")]
+            for path in folders:
+                path.mkdir(parents=True)
+            images, annotations = [], []
+            for i, (image, instances, kinds) in enumerate(zip(*scenes, strict=True), start=1):
+                label_of = torch.cat([torch.tensor([1]), kinds + 2]).to(torch.uint8)
+                pictures = image, image, label_of[instances.int()]
+                for path, picture in zip(folders, pictures, strict=True):
+                    TF.to_pil_image(picture).save(path / f"{i:05d}.png")
+                images.append(dict(id=i, file_name=f"{i:05d}.png", height=64, width=64))
+                for k in (kinds >= 0).nonzero().flatten().tolist():
+                    ids = dict(id=len(annotations) + 1, image_id=i, category_id=int(kinds[k]) + 1)
+                    annotations.append(annotation(instances == k + 1) | ids)
+            categories = [dict(id=k, name=name) for k, name in enumerate(SHAPES, start=1)]
+            content = dict(images=images, annotations=annotations, categories=categories)
+            annotation_file(whole / f"{split}2017").write_text(json.dumps(content))
+        (whole / "classes.txt").write_text("\n".join(("background", *SHAPES)) + "\n")
+        if not folder.exists():  # another run may have been faster
+            whole.rename(folder)
+
+
+def annotation(mask: Tensor) -> dict:
+    """What COCO's files say about an object's mask, bool (h, w)."""
+    left, top, right, bottom = masks_to_boxes(mask[None])[0].int().tolist()
+    # runs of zeros and ones in turn, column by column; zeros come first, be they none
+    values, runs = mask.T.flatten().unique_consecutive(return_counts=True)
+    return dict(
+        bbox=[left, top, right + 1 - left, bottom + 1 - top],
+        segmentation=dict(size=[*mask.shape], counts=[0] * bool(values[0]) + runs.tolist()),
+        area=int(mask.sum()),
+        iscrowd=0,
+    )
+
+
+def overlay(
+    image: Tensor, masks: Tensor, boxes: Tensor, names: list[str], kinds: list[int], lines=None
+) -> Tensor:
+    """The image, uint8 (3, h, w), with what was found on it, enlarged if it is small.
+
+    masks: bool (n, h, w). boxes: float (n, 4), corners in pixels, with the n names. kinds: which of
+    the PALETTE's colours each has. lines: the colour of boxes and names, or None for their own.
+    """
+    colors = [PALETTE[k % len(PALETTE)] for k in kinds]
+    scale = math.ceil(512 / max(image.shape[1:]))
+    image, masks = (repeat(x, "n h w -> n (h p) (w q)", p=scale, q=scale) for x in (image, masks))
+    if names:
+        image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
+        image = draw_bounding_boxes(image, boxes * scale, names, lines or colors, width=2)
+    return image

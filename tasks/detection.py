@@ -1,0 +1,339 @@
+"""Detection: Mask R-CNN, COCO's layout, and the average precision of boxes and masks. [S A.2]"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.models import detection
+from torchvision.ops import FeaturePyramidNetwork, box_convert, clip_boxes_to_image
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.transforms import v2
+
+from common.cli import require_extra
+from common.data import (
+    SMALL,
+    ImageSet,
+    batches,
+    file_names,
+    files_in,
+    normalise_images,
+    read_image,
+    subset,
+)
+from common.distributed import RANK, autocast, gather, pick_dtype, say
+from mirl import Config, UserError, ViT, at_least_float32, require
+from tasks.dense import Pyramid, annotation_file, data_folder, overlay
+
+with contextlib.suppress(ImportError):  # Detection says what to install
+    from pycocotools import mask as run_lengths
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+
+class Detection:
+    """What --task detect decides around the loop of train_finetune.py."""
+
+    best = "mask_ap"
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        require_extra("pycocotools", "--task detect")
+        self.args, self.device = args, device
+        self.dtype = pick_dtype(args.dtype, device)
+
+    def data(self, split: str) -> ImageSet:
+        args = self.args
+        data = load_coco(data_folder(args.data, args.data_dir), split)
+        seed, wanted = args.seed if split == "train" else 0, getattr(args, f"{split}_images")
+        return subset(data, wanted, seed, f"--{split}-images")
+
+    def model(self, vit: ViT, classes: int, head_width: int | None) -> nn.Module:
+        size = min(vit.config.image_hw)
+        more = dict(longest=size * 5 // 3, width=head_width or 256, dtype=self.dtype)
+        if size > SMALL:  # for 800 pixels one of 480, 512, …, 800, at most 1333 long
+            more |= dict(sizes=tuple(range(size, size * 3 // 5 - 1, -32))[::-1])
+        else:  # fewer boxes than torchvision's, which are for large images
+            more |= dict(sizes=(size,), box_batch_size_per_image=64)
+            more |= dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
+        return mask_rcnn(vit, 1 + classes, **more)
+
+    def transform(self, config: Config, training: bool) -> Callable:
+        """(image, objects) -> the same, in training flipped at random; the model resizes."""
+        flip = v2.RandomHorizontalFlip() if training else v2.Identity()
+        return v2.Compose([flip, v2.ToPureTensor()])
+
+    def losses(self, model: nn.Module, images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
+        terms = model(list(images), targets)
+        return dict(loss=sum(terms.values()), **terms)
+
+    @torch.no_grad()
+    def evaluate(self, models: list[nn.Module], loader: DataLoader) -> list[dict[str, float]]:
+        """Each model's `coco_scores`, over all processes.
+
+        models: a list of images (3, h, w) -> what `detections` takes, for each.
+        """
+        found: list[list[tuple[int, list[dict]]]] = [[] for _ in models]
+        for model in models:
+            model.eval()
+        for images, targets in batches(loader, self.device):
+            for model, results in zip(models, found, strict=True):
+                # by __call__, torch.compile would compile once more
+                for output, target in zip(model.forward(list(images)), targets, strict=True):
+                    if target is not None:  # the image and its objects could be read
+                        results.append((target["image_id"], detections(output)))
+        everyone, scores = gather(found), []  # of each process, of each model
+        if RANK == 0:
+            file = annotation_file(loader.dataset.data.root)
+            parts = zip(*everyone, strict=True)
+            scores = [coco_scores([*itertools.chain(*part)], file) for part in parts]
+        return gather(scores)[0]
+
+    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
+        """Print what is found on an image, uint8 (3, h, w), with its box; a picture of it."""
+        found = model([normalise_images(image.to(self.device))])[0]
+        found = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}
+        names = [classes[label - 1] for label in found["labels"]]
+        shares = found["scores"].tolist()
+        for name, share, box in zip(names, shares, found["boxes"], strict=True):
+            corners = ", ".join(f"{x:.0f}" for x in box)
+            say(f"  {100 * share:5.1f} %  {name} at ({corners})")
+        masks, kinds = found["masks"][:, 0] > 0.5, list(range(len(names)))
+        names = [f"{name} {share:.0%}" for name, share in zip(names, shares)]
+        return overlay(image, masks, found["boxes"], names, kinds)
+
+
+@dataclass
+class COCODetection(ImageSet):
+    """Images and the objects on them, in COCO's layout.
+
+    `images` are names of files in `root`; of image i, `packed` holds the id and the objects, each
+    with label, box and segmentation, as JSON, up to `ends[labels[i]]`. It is read when it is
+    needed: as Python's objects, COCO's 860,000 would fill gigabytes in every worker process.
+    """
+
+    packed: np.ndarray | None = None  # uint8
+    ends: np.ndarray | None = None  # int64
+
+    def name(self, i: int) -> str:
+        return super().name(i) + " or its annotation"
+
+    def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
+        """Image i, uint8 (3, h, w), and its n objects; None where one cannot be read.
+
+        The objects: boxes float32 (n, 4) as corners x, y, x, y, masks uint8 (n, h, w), labels int64
+        (n,) from 1, image_id int. Those whose box is narrower than a pixel are left out.
+        """
+        image = read_image(super().name(i))
+        if image is None:
+            return None
+        h, w = image.shape[1:]
+        k = int(self.labels[i])
+        start, end = self.ends[k - 1] if k else 0, self.ends[k]
+        image_id, objects = json.loads(self.packed[start:end].tobytes())
+        try:
+            boxes = torch.tensor([box for _, box, _ in objects]).float().view(-1, 4)
+            masks = torch.zeros(len(boxes), h, w, dtype=torch.uint8)
+            for mask, (_, _, segmentation) in zip(masks, objects, strict=True):
+                mask.copy_(torch.from_numpy(decode(segmentation, h, w)))
+        except Exception:  # a segmentation may be wrong in any way
+            return None
+        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (h, w))
+        wide = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+        target = dict(
+            boxes=tv_tensors.BoundingBoxes(boxes[wide], format="XYXY", canvas_size=(h, w)),
+            masks=tv_tensors.Mask(masks[wide]),
+            labels=torch.tensor([label for label, _, _ in objects], dtype=torch.int64)[wide],
+            image_id=image_id,
+        )
+        return tv_tensors.Image(image), target
+
+    def digest(self) -> str:
+        digest = hashlib.sha256(super().digest().encode())
+        digest.update(self.packed)
+        return digest.hexdigest()
+
+
+def decode(segmentation: list | dict, h: int, w: int) -> np.ndarray:
+    """COCO's segmentation of an object as a mask of 0 and 1, uint8 (h, w).
+
+    A list of polygons [x, y, x, y, …]; or run lengths, column by column, beginning with zeros, as
+    numbers or packed into a string. Raises ValueError for those of another size.
+    """
+    if isinstance(segmentation, list):
+        return run_lengths.decode(run_lengths.merge(run_lengths.frPyObjects(segmentation, h, w)))
+    counts = segmentation["counts"]
+    # pycocotools sees those that are too long, and leaves what memory held after shorter ones
+    if segmentation["size"] != [h, w] or (isinstance(counts, list) and sum(counts) != h * w):
+        raise ValueError(f"run lengths of another size than {h}x{w}")
+    if isinstance(counts, list):
+        segmentation = run_lengths.frPyObjects(segmentation, h, w)
+    return run_lengths.decode(segmentation)
+
+
+def load_coco(root: Path, split: str) -> COCODetection:
+    """COCO's layout: {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json.
+
+    Categories become the labels 1 … K in the order of their ids. Crowds are no objects. Training
+    images without any annotation are left out (117,266 of COCO's stay), and images that the file
+    does not list. Raises UserError for a file that is not COCO's, or names an image or category
+    that is not there.
+    """
+    folder = root / f"{split}2017"
+    file = annotation_file(folder)
+    require(file.is_file(), f"--data {root}: there is no {file}")
+    try:
+        content = json.loads(file.read_bytes())
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        kinds = {kind["id"]: kind["name"] for kind in content["categories"]}
+        label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
+        found = content["annotations"]
+        annotated = {x["image_id"] for x in found}
+        unlisted = dict(
+            image=annotated - names.keys(),
+            category={x["category_id"] for x in found} - kinds.keys(),
+        )
+        missing = sorted(set(names.values()) - set(files_in(folder)))
+        # height, width and area are for its evaluation
+        sized = all(image["height"] and image["width"] for image in content["images"])
+        drawn = all(x["bbox"] and x["segmentation"] and x["area"] >= 0 for x in found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
+    require(kinds and names, f"{file} names no images, or no categories")
+    require(sized and drawn, f"{file} has an image without size or an object without segmentation")
+    for what, ids in unlisted.items():
+        require(not ids, f"{file} has annotations of {what} {[*ids][:1]}, which it does not list")
+    require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
+    objects = {image: [] for image in names if split == "val" or image in annotated}
+    require(objects, f"{file} has no annotation of any image")
+    for x in found if split == "train" else ():  # the evaluation reads the file itself
+        if not x.get("iscrowd"):
+            target = label_of[x["category_id"]], x["bbox"], x["segmentation"]
+            objects[x["image_id"]].append(target)
+    texts = [json.dumps(item).encode() for item in objects.items()]
+    return COCODetection(
+        file_names([names[image] for image in objects]),
+        torch.arange(len(objects)),
+        [kinds[kind] for kind in label_of],
+        str(folder),
+        np.frombuffer(b"".join(texts), np.uint8),
+        np.cumsum([len(text) for text in texts]),
+    )
+
+
+class FeaturePyramid(nn.Module):
+    """torchvision's backbone for `mask_rcnn`: images (B, C, H, W) -> maps (B, width, ·, ·) of
+    strides 4 to 64, float32, computed under autocast to `dtype`."""
+
+    def __init__(self, vit: ViT, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.pyramid = Pyramid(vit)
+        self.fpn = FeaturePyramidNetwork([vit.config.width] * 4, width, LastLevelMaxPool())
+        self.out_channels, self.dtype = width, dtype
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        with autocast(images.device, self.dtype):
+            maps = self.fpn(OrderedDict(zip("0123", self.pyramid(images))))
+        return OrderedDict((name, at_least_float32(x)) for name, x in maps.items())
+
+
+class FullPrecisionMaskRCNN(detection.MaskRCNN):
+    """Anchors and boxes take the maps' dtype, and in bfloat16 the place 1001 is 1000: whatever
+    autocast surrounds the call, only the backbone opens one."""
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
+        with autocast(images[0].device, torch.float32):
+            return super().forward(images, targets)
+
+
+def mask_rcnn(
+    vit: ViT,
+    num_classes: int,
+    sizes: tuple[int, ...] = tuple(range(480, 801, 32)),
+    longest: int = 1333,
+    width: int = 256,
+    dtype: torch.dtype = torch.float32,
+    **more,
+) -> detection.MaskRCNN:
+    """torchvision's Mask R-CNN on a pyramid and an FPN of `width` channels.
+
+    It takes a list of images, float (C, h, w), ImageNet-normalised, and in training the targets
+    that torchvision describes, and returns its losses or detections. num_classes counts the
+    background, class 0, as torchvision does. An image's short side becomes one of `sizes`, drawn in
+    training and the last in evaluation, the long side at most `longest`. Anchors are torchvision's,
+    8 strides a side. Encoder and FPN run under autocast to `dtype`, all else in float32. Heads of
+    another width are narrowed in proportion. more: torchvision's other arguments.
+    """
+    model = FullPrecisionMaskRCNN(
+        FeaturePyramid(vit, width, dtype),
+        min_size=sizes,
+        max_size=longest,
+        image_mean=(0.0, 0.0, 0.0),
+        image_std=(1.0, 1.0, 1.0),
+        box_head=detection.faster_rcnn.TwoMLPHead(width * 7**2, 4 * width),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
+        mask_head=detection.mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
+        mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, num_classes),
+        **more,
+    )
+    model.config = vit.config
+    return model
+
+
+def detections(output: dict[str, Tensor]) -> list[dict]:
+    """What torchvision's model found on an image, as COCO's results, but for the ids.
+
+    output: boxes float (n, 4), scores (n,), labels int64 (n,), masks float (n, 1, h, w) in [0, 1].
+    """
+    masks = (output["masks"][:, 0] > 0.5).permute(1, 2, 0).byte().cpu().numpy()  # (h, w, n)
+    parts = dict(
+        bbox=box_convert(output["boxes"].double(), "xyxy", "xywh").tolist(),
+        segmentation=run_lengths.encode(np.asfortranarray(masks)),
+        label=output["labels"].tolist(),
+        score=output["scores"].tolist(),
+    )
+    return [dict(zip(parts, row)) for row in zip(*parts.values(), strict=True)]
+
+
+def coco_scores(found: list[tuple[int, list[dict]]], file: Path) -> dict[str, float]:
+    """COCO's average precision of boxes and masks, in percent, over the images in `found`.
+
+    found: of each image its id and its `detections`, be they none. file: the annotations. The means
+    are over the thresholds 0.5, 0.55, …, 0.95 of IoU, or at 0.5 or 0.75; NaN where there is no
+    object.
+    """
+    scores = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # COCO's classes print their progress
+        truth = COCO(str(file))
+        truth.dataset.setdefault("info", {})  # older pycocotools ask for it
+        for i, known in enumerate(truth.dataset["annotations"], start=1):
+            known["id"] = i  # COCOeval takes the id 0 for no match
+        truth.createIndex()
+        kinds = sorted(truth.getCatIds())
+        results = [
+            dict(one, image_id=image, category_id=kinds[one["label"] - 1])
+            for image, objects in found
+            for one in objects
+        ]
+        guesses = truth.loadRes(results) if results else COCO()
+        for name, kind in (("box", "bbox"), ("mask", "segm")):
+            measure = COCOeval(truth, guesses, kind)
+            measure.params.imgIds = sorted(image for image, _ in found)
+            measure.evaluate()
+            measure.accumulate()
+            measure.summarize()
+            for suffix, value in zip(("ap", "ap50", "ap75"), measure.stats):
+                scores[f"{name}_{suffix}"] = 100 * float(value) if value >= 0 else math.nan
+    return scores

@@ -1,0 +1,133 @@
+"""What a frozen encoder has learnt: nearest neighbours, a linear layer, or neighbours after every
+block. Nothing of it is trained."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from common.data import batches
+from common.distributed import autocast, gather
+from mirl import ViT, require
+
+
+def probe(
+    protocol: str, vit: ViT, train: DataLoader, val: DataLoader, seed: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """How well the encoder's features tell the classes apart: top-1 and top-5 in percent.
+
+    protocol: "knn" or "linear" for the head's input, or "blocks", knn after every block, which
+    gives a score for each. train, val: loaders of images as a validation sees them. The ViT loses
+    its head. Raises UserError for fewer than two training images.
+    """
+    vit.eval().head = nn.Identity()
+    device = vit.cls_token.device
+    looked_at = every_block(vit) if protocol == "blocks" else contextlib.nullcontext(vit)
+    with looked_at as model:
+        x, labels = features(model, train, device, dtype)  # (n, D), of every block (n, depth, D)
+        queries, truth = features(model, val, device, dtype)
+    require(len(x) > 1, f"--protocol {protocol} needs at least 2 training images")
+    classes = len(val.dataset.data.classes)
+    if protocol == "linear":
+        result = accuracy(linear_scores(x, labels, queries, classes, seed), truth)
+    elif protocol == "knn":
+        result = accuracy(knn_scores(x, labels, queries, classes), truth)
+    else:
+        pairs = zip(x.unbind(1), queries.unbind(1), strict=True)
+        each = [accuracy(knn_scores(x, labels, q, classes), truth) for x, q in pairs]
+        result = {name: [scores[name] for scores in each] for name in each[0]}
+    return dict(protocol=protocol, **result, train_images=len(x), val_images=len(queries))
+
+
+@contextlib.contextmanager
+def every_block(vit: ViT) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The pooled features of a ViT after each of its blocks: a function images -> (B, depth, D).
+
+    The mean over the patches, normed as the head's input is; with the pool "mean" the last are what
+    "knn" looks at.
+    """
+    pooled: list[Tensor] = []  # of each block, (B, D)
+    hooks = [
+        block.register_forward_hook(lambda block, given, x: pooled.append(x[:, 1:].mean(dim=1)))
+        for block in vit.blocks
+    ]
+
+    def forward(images: Tensor) -> Tensor:
+        pooled.clear()
+        vit(images)
+        x = torch.stack(pooled, dim=1)
+        return vit.fc_norm(x) if vit.config.pool == "mean" else x
+
+    yield forward
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def features(
+    model: Callable[[Tensor], Tensor], loader: DataLoader, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the model makes of all the images that can be read, float32 (n, …), and their labels,
+    int64 (n,), of all processes, on the device."""
+    mine = []
+    for images, labels in batches(loader, device):
+        with autocast(device, dtype):
+            x = model(images).float()
+        known = labels >= 0
+        mine.append((x[known].cpu(), labels[known].cpu()))
+    x, labels = zip(*itertools.chain(*gather(mine)), strict=True)
+    return torch.cat(x).to(device), torch.cat(labels).to(device)
+
+
+def accuracy(scores: Tensor, truth: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 in percent. scores: float (m, classes); truth: int64 (m,)."""
+    hits = scores.topk(min(5, scores.shape[1])).indices == truth[:, None]
+    top1, top5 = hits[:, 0].sum().item(), hits.sum().item()
+    return dict(top1=100 * top1 / len(truth), top5=100 * top5 / len(truth))
+
+
+def knn_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
+    """Votes (m, classes) of the 20 nearest training features for each validation feature.
+
+    train: float (n, D), labels: int64 (n,), val: float (m, D). A vote weighs exp(cosine / 0.07).
+    """
+    train, val = F.normalize(train, dim=1), F.normalize(val, dim=1)
+    votes = val.new_zeros(len(val), classes)
+    for chunk, out in zip(val.split(1024), votes.split(1024), strict=True):
+        near, which = (chunk @ train.T).topk(min(20, len(train)), dim=1)
+        out.scatter_add_(1, labels[which], (near / 0.07).exp())
+    return votes
+
+
+def linear_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int, seed: int) -> Tensor:
+    """Logits (m, classes) of a linear probe: batch norm without affine, then a linear layer.
+
+    It is trained on train, float (n, D), with labels, int64 (n,), for 100 epochs of batches of 256
+    and at least 1,000 steps, and asked about val, float (m, D).
+    """
+    torch.manual_seed(seed)
+    layers = (
+        nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6),
+        nn.Linear(train.shape[1], classes),
+    )
+    model = nn.Sequential(*layers).to(train.device)
+    size = min(256, len(train))
+    steps = len(train) // size
+    epochs = max(100, math.ceil(1000 / steps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(train))[: steps * size].view(steps, size).to(train.device):
+            F.cross_entropy(model(train[batch]), labels[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    with torch.no_grad():
+        return model.eval()(val)

@@ -1,0 +1,328 @@
+"""Everything that only a GPU can show, in one command of a few minutes.
+
+    python tests/on_gpu.py                        ten minutes
+    python tests/on_gpu.py --minutes 4            the most telling parts
+    python tests/on_gpu.py --only steps infer     some of them
+
+First, several parts at a time and in half of the minutes at most: does it work? Then one by one,
+each with the GPU to itself, the most telling first: how fast is it? A part is a process with a time
+limit of its own: one that fails says what, and the others go on. Results are printed as they come,
+--out/results.json is written after each part, and all that a part said is in --out/PART/log.txt.
+Without a GPU the same parts run in small on the CPU.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bench_peers
+
+import eval_speed
+import mirl
+
+ROOT = Path(mirl.__file__).parent
+FOUND = "found: "  # begins those lines of a part's log that are its results
+
+# -- What parts use. A part runs in a process and a folder of its own; gpus: how many there are, 0
+# -- for little things on the CPU.
+
+
+def found(**results) -> None:
+    """Results of the part, which stand even if it fails later."""
+    short = {k: round(v, 4) if isinstance(v, float) else v for k, v in results.items()}
+    print(FOUND + json.dumps(short), flush=True)
+
+
+def python(*command) -> None:
+    """Run `python command…`. Where it fails, the part does."""
+    if code := subprocess.run([sys.executable, *map(str, command)]).returncode:
+        sys.exit(code)
+
+
+def training(kind: str, gpus: int, *flags) -> list:
+    """The command of a training, "pretrain" or "finetune", into a folder of that name."""
+    command = [ROOT / f"train_{kind}.py", "--out", kind]
+    if gpus:
+        return [*command, "--device", "cuda", "--workers", 4, *flags]
+    few = ["--train-images", 16, "--val-images", 8]
+    if "--task" not in flags:
+        from conftest import image_folder
+
+        few = ["--data", image_folder(Path("images"))]
+    return [*command, "--device", "cpu", "--workers", 1, "--batch-size", 8, *few, *flags]
+
+
+def epochs(out: str) -> list[dict]:
+    """The records of the epochs in a run's log."""
+    records = map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == "epoch"]
+
+
+# -- Does it work?
+
+
+def steps(gpus: int) -> None:
+    """A step of each model of Table 4 in each precision: the loss beside the CPU's in fp32, and
+    lower afterwards, which it is not where a gradient is NaN or infinite."""
+    # how far the loss may be off; on a GPU fp32 is TF32 in products, as in the scripts
+    tolerances = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+    torch.backends.cuda.matmul.allow_tf32 = True
+    device, wrong = "cuda" if gpus else "cpu", []
+    for name in eval_speed.TABLE_4 if gpus else ("vit_nano",):
+        torch.manual_seed(0)
+        original = mirl.build_mirl(name)
+        images = torch.randn(2, 3, *original.config.image_hw)
+        noise = torch.rand(2, original.config.num_patches)
+        with torch.no_grad():
+            cpu = original(images, noise).loss.item()
+        for dtype, tolerance in tolerances.items():
+            model, losses = copy.deepcopy(original).to(device), []
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+            scaler = torch.amp.GradScaler(device, init_scale=1024, enabled=dtype == torch.float16)
+            for _ in range(2):
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    loss = model(images.to(device), noise.to(device)).loss
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                losses.append(loss.item())
+            kind = f"{name} {str(dtype).removeprefix('torch.')}"
+            told = f"loss {losses[0]:.5f}, the CPU's {cpu:.5f}; then {losses[1]:.5f}"
+            found(**{kind: told})
+            if not (abs(losses[0] / cpu - 1) <= tolerance and losses[1] < losses[0]):  # or NaN
+                wrong.append(f"{kind}: {told}")
+    sys.exit("\n".join(wrong) or 0)
+
+
+def tests(gpus: int) -> None:
+    """The tests that need a GPU: each has one of these words in its name."""
+    flags = ["-k", "gpu or cuda", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    python("-m", "pytest", *flags, ROOT / "tests")
+    found(pytest=Path("log.txt").read_text().splitlines()[-1])
+
+
+def quick(gpus: int) -> None:
+    """The quick recipes to their end, each killed after its first checkpoint and resumed."""
+    few = [] if gpus else ["--epochs", 3, "--warmup-epochs", 1]
+    found(loss=resumed("pretrain", gpus, *few)["loss"])
+    encoder = ["--from", "pretrain/encoder.pt"]
+    found(top1=resumed("finetune", gpus, *few, *encoder)["raw_top1"])
+
+
+def resumed(kind: str, gpus: int, *flags) -> dict:
+    """The last epoch of a training that was killed in the middle."""
+    command = training(kind, gpus, *flags)
+    process = subprocess.Popen([sys.executable, *map(str, command)])
+    while process.poll() is None and not Path(kind, "checkpoint.pt").exists():
+        time.sleep(0.01)
+    process.kill()
+    if process.wait() >= 0:
+        sys.exit("it ended before it could be killed")
+    first = epochs(kind)[0]
+    python(*command, "--resume")
+    seen = epochs(kind)
+    # a first epoch that is run again takes another time
+    if seen[0] != first or [e["epoch"] for e in seen] != list(range(1, len(seen) + 1)):
+        sys.exit(f"resumed after {first}, it logged {seen}")
+    return seen[-1]
+
+
+def two_epochs(kind: str, *flags: str, gpus: int) -> None:
+    scratch = ["--from", "scratch"] if kind == "finetune" else []
+    python(*training(kind, gpus, "--epochs", 2, "--warmup-epochs", 1, *scratch, *flags))
+    last = epochs(kind)[-1]
+    found(**{k: last[k] for k in ("loss", "raw_miou", "raw_mask_ap") if k in last})
+
+
+def torchrun(gpus: int) -> None:
+    """One process, and as many as there are GPUs."""
+    for count in sorted({1, gpus or 1}):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+        flags = ["--epochs", 2, "--out", f"run-{count}"]
+        flags += ["--batch-size", 64 // count * count] if gpus else []
+        python(*launcher, *training("pretrain", gpus, *flags))
+        found(**{f"loss of {count}": epochs(f"run-{count}")[-1]["loss"]})
+
+
+# -- How fast is it?
+
+
+def speed(mode: str, batch: int, *models: str, gpus: int, compile=False, peers=False) -> None:
+    """The models of Table 4, or these, in bf16: images a second, share of the rate of a large
+    matrix product, memory. peers: in turn with other libraries', of those that are installed."""
+    bench_peers.PEERS[mode] = tuple(filter(find_spec, bench_peers.PEERS[mode]))
+    flags = ["--batch-size", batch, "--windows", 3, "--seconds", 0.5, "--dtype", "bf16"]
+    flags += ["--models", *models] if models else []
+    if not gpus:
+        flags = ["--models", "vit_nano", "--batch-size", 2, "--windows", 1, "--seconds", 0]
+    flags += ["--compile", "default"] if compile else []
+    flags += ["--mode", mode, "--json", "speed.json"]
+    (bench_peers if peers else eval_speed).main(list(map(str, flags)))
+    result = json.loads(Path("speed.json").read_text())
+    found(matrix_tflops=result["matrix_tflops"], table="\n" + eval_speed.table(result["rows"]))
+
+
+def depth(gpus: int) -> None:
+    """Cells of the depth study, 192 wide, as they end; it goes on until it is stopped."""
+    data = "cifar10" if (ROOT / "data" / "cifar-10-batches-py").exists() else "shapes"
+    flags = ["--size", "gpu", "--data", data, "--seeds", "0", "--jobs", "4"]
+    command = [sys.executable, ROOT / "assets" / "depth" / "study.py", *flags, "--out", Path.cwd()]
+    study = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    found(data=data)
+    for line in study.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("{"):
+            cell = json.loads(line)
+            keys = cell.keys() & {"loss", "top1", "linear", "knn"}
+            found(**{f"{cell['cell']} {k}": cell[k] for k in sorted(keys)})
+    sys.exit(study.wait())
+
+
+# -- All of it: each part with its time limit in seconds.
+
+TOGETHER = {  # several at a time, the longest first
+    "quick": (240, quick),
+    "tests": (180, tests),
+    "compile-pretrain": (150, partial(two_epochs, "pretrain", "--compile")),
+    "compile-finetune": (150, partial(two_epochs, "finetune", "--compile")),
+    "steps": (150, steps),
+    "detect": (150, partial(two_epochs, "finetune", "--task", "detect")),
+    "segment": (150, partial(two_epochs, "finetune", "--task", "segment")),
+    "torchrun": (120, torchrun),
+    "mae": (90, partial(two_epochs, "pretrain", "--method", "mae")),
+}
+ALONE = {  # then one by one, the most telling first
+    "pretrain": (120, partial(speed, "pretrain", 128)),
+    "pretrain-compiled": (200, partial(speed, "pretrain", 128, "vit_b", "vit_b_24", compile=True)),
+    "infer": (90, partial(speed, "infer", 256)),
+    "infer-compiled": (120, partial(speed, "infer", 256, "vit_s", "vit_b", compile=True)),
+    "finetune": (120, partial(speed, "finetune", 128)),
+    "peers-pretrain": (90, partial(speed, "pretrain", 128, "vit_b", peers=True)),
+    "peers-infer": (90, partial(speed, "infer", 256, "vit_s", "vit_b", peers=True)),
+    "depth": (3600, depth),
+}
+PARTS = TOGETHER | ALONE
+NEEDS = dict.fromkeys(("peers-pretrain", "peers-infer"), "timm")
+NEEDS |= dict(detect="pycocotools", depth="matplotlib")
+# compiling a training step takes minutes there, a cell of the study an hour
+NOT_ON_CPU = ("compile-pretrain", "compile-finetune", "pretrain-compiled", "depth")
+
+
+def why_not(name: str, gpus: int, seconds: float) -> str:
+    """Why a part is skipped; nothing where it is not."""
+    if name in NEEDS and not find_spec(NEEDS[name]):
+        return f"it needs the package {NEEDS[name]}"
+    if name in NOT_ON_CPU and not gpus:
+        return "it takes a CPU too long"
+    return f"{max(0, seconds):.0f} s are left" if seconds < 10 else ""
+
+
+def start(name: str, folder: Path, gpus: int) -> subprocess.Popen:
+    """A part's process, in a group with what it starts."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = [sys.executable, __file__, "--part", name, str(gpus)]
+    how = dict(cwd=folder, stderr=subprocess.STDOUT, start_new_session=True)
+    with (folder / "log.txt").open("w") as log:
+        return subprocess.Popen(command, stdout=log, **how)
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a part and what it started. (torchrun then ends its workers, which have other groups.)"""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+
+
+def read_log(path: Path) -> tuple[dict, list[str]]:
+    """A part's results, and its last words: what names an error, and how it ended."""
+    results, said = {}, []
+    for line in path.read_text(errors="replace").splitlines():
+        if line.startswith(FOUND):
+            results |= json.loads(line.removeprefix(FOUND))
+        elif line.strip():
+            said.append(line[:300])
+    errors = [line for line in said if "rror: " in line or line.startswith("FAILED ")]
+    return results, list(dict.fromkeys(errors[-3:] + said[-3:]))
+
+
+def run(names: list[str], at_once: int, until: float, out: Path, gpus: int):
+    """Run parts, so many at a time, until this time. Yields each as it ends: its name, and state,
+    seconds, results and, if there is something to say, last words."""
+    running = {}
+    try:
+        while names or running:
+            if names and len(running) < at_once:
+                name, *names = names
+                began = time.monotonic()
+                limit = min(PARTS[name][0], until - began)
+                if why := why_not(name, gpus, limit):
+                    yield name, dict(state="skipped", seconds=0, results={}, words=[why])
+                else:
+                    running[name] = start(name, out / name, gpus), began, began + limit
+            for name, (process, began, stop) in list(running.items()):
+                code, now = process.poll(), time.monotonic()
+                if code is None and now < stop:
+                    continue
+                end(running.pop(name)[0])
+                results, words = read_log(out / name / "log.txt")
+                words = ["stopped at its time limit"] * (code is None) + words
+                ok = code == 0 or (code is None and name == "depth")  # which takes all there is
+                part = dict(state="ok" if ok else "FAILED", seconds=round(now - began, 1))
+                yield name, dict(part, results=results, words=[] if ok else words)
+            time.sleep(0.05)
+    finally:
+        for process, *_ in running.values():
+            end(process)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10, help="in all; default 10")
+    parser.add_argument("--out", type=Path, default="runs/on-gpu", help="default runs/on-gpu")
+    parts = dict(nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--only", **parts, help=f"some of the parts: {', '.join(PARTS)}")
+    args = parser.parse_args(argv)
+    begun, gpus, out = time.monotonic(), torch.cuda.device_count(), args.out.resolve()
+    device = torch.cuda.get_device_name() if gpus else "no GPU, but the CPU with small things"
+    report = dict(device=device, gpus=gpus, torch=torch.__version__, parts={})
+    print(f"{device}; torch {torch.__version__}; {out / 'results.json'}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "2")  # of a part
+    at_once = max(1, min(8, os.cpu_count() // 2 if gpus else os.cpu_count()))
+    half = args.minutes / 2 if ALONE.keys() & set(args.only) else args.minutes
+    for parts, jobs, minutes in ((TOGETHER, at_once, half), (ALONE, 1, args.minutes)):
+        names = [name for name in parts if name in args.only]
+        for name, part in run(names, jobs, begun + 60 * minutes, out, gpus):
+            report["parts"][name] = part
+            (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+            lines = [f"{name:<17} {part['seconds']:5.0f} s  {part['state']}"]
+            lines += [f"{k}: {v}" for k, v in part["results"].items()] + part["words"]
+            print("\n".join(lines).replace("\n", "\n    "), flush=True)
+    states = [part["state"] for part in report["parts"].values()]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("ok", "FAILED", "skipped"))
+    print(f"{counts}; {time.monotonic() - begun:.0f} s; {device}")
+    sys.exit("FAILED" in states)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--part"]:  # the process of a part
+        PARTS[sys.argv[2]][1](gpus=int(sys.argv[3]))
+    else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C
+        main()

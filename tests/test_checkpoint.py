@@ -1,0 +1,304 @@
+"""Files written whole and read safely, going on from one, and weights from whoever made them."""
+
+import argparse
+import dataclasses
+import os
+
+import conftest
+import pytest
+import torch
+import torch.nn as nn
+from conftest import make_shapes, stored
+
+import mirl
+import train_finetune
+import train_pretrain
+from common import checkpoint
+from common.checkpoint import load_classifier, load_encoder, load_file, load_mirl, save_model
+from common.data import ImageSet
+from mirl import UserError
+
+HEAD = ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
+
+
+def vit(name="vit_nano", **overrides):
+    torch.manual_seed(1)
+    return mirl.build_vit(name, **overrides)
+
+
+def perturbed(model):
+    """Every parameter moved, so that none is as it starts."""
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+# -- files --
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Moved into place, not copied: who has the old file open keeps it, whole."""
+    path, synced, fsync = tmp_path / "file.pt", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(path.exists()) or fsync(file))
+    checkpoint.save(path, lambda p: p.write_bytes(b"first"))
+    assert synced == [False]  # it is on the disk before it has its name
+    with open(path, "rb") as reader:
+        checkpoint.save(path, lambda p: p.write_bytes(b"a second one"))
+        assert reader.read() == b"first" and path.read_bytes() == b"a second one"
+
+    def fail(temporary):
+        temporary.write_bytes(b"half")
+        assert temporary.parent == path.parent  # a move within the file system is atomic
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        checkpoint.save(path, fail)
+    assert path.read_bytes() == b"a second one"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "hacked"),))
+
+    for new in (True, False):
+        torch.save({"model": Evil()}, tmp_path / "evil.pt", _use_new_zipfile_serialization=new)
+        with pytest.raises(UserError, match="is not a checkpoint that can be read safely"):
+            load_file(tmp_path / "evil.pt")
+    assert not (tmp_path / "hacked").exists()
+    with pytest.raises(UserError, match="there is no file"):
+        load_file(tmp_path / "none.pt")
+    with pytest.raises(UserError, match=r"is not a checkpoint that can be .* \(.+\)"):
+        load_file(tmp_path)
+    with pytest.raises(UserError, match=r"a.pt is no checkpoint: it holds a Tensor"):
+        load_file(stored(tmp_path / "a.pt", torch.ones(2)))
+
+
+def test_flags_in_a_checkpoint_of_mae_are_read(tmp_path):
+    """As a Namespace; torch's old format is a pickle, as PaddlePaddle's is."""
+    content = dict(model={"linear": torch.ones(2, 3)}, args=argparse.Namespace(lr=0.1))
+    for new in (True, False):
+        torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+        found = load_file(tmp_path / "a.pth")
+        assert found["model"]["linear"].shape == (2, 3) and found["args"].lr == 0.1
+
+
+# -- going on --
+
+
+def parts():
+    model = nn.Linear(2, 2)
+    return dict(model=model, optimizer=torch.optim.AdamW(model.parameters()))
+
+
+def test_what_makes_a_run_and_what_may_change():
+    shapes = ImageSet(*make_shapes(33, 0), [])
+    args = vars(train_pretrain.parse([])) | vars(train_finetune.parse(["--from", "scratch"]))
+    may = "resume out recipe data data_dir from_ truncated device dtype device_batch_size compile "
+    may += "workers log_every tensorboard log_grad_norms picture_every picture_pair vgg_checkpoint"
+    config, more = {f.name for f in dataclasses.fields(mirl.Config)}, "training_images data_digest"
+    identity = checkpoint.identity(argparse.Namespace(**args), mirl.Config(), shapes)
+    assert identity.keys() == args.keys() - {*may.split()} | config | {*more.split()}
+
+
+def test_a_resume_of_what_it_is_not(tmp_path, capsys):
+    here, path = str(tmp_path), tmp_path / "checkpoint.pt"
+    assert checkpoint.resume(here, parts(), dict(epochs=3)) == {}
+    saved, more = parts(), dict(identity=dict(epochs=3, lr=0.1), epoch=2, history=[], written=7)
+    checkpoint.save_checkpoint(here, saved, **more)
+    new = parts()
+    found = checkpoint.resume(here, new, dict(epochs=3, lr=0.1, a_newer_flag=1))
+    assert {k: found[k] for k in more} == more
+    assert torch.equal(new["model"].weight, saved["model"].weight)
+    assert f"resuming {path} after epoch 2 of 3" in capsys.readouterr().out
+    message = r"has other epochs 3 -> 5, lr 0.1 -> None; give what it began with, or another --out"
+    with pytest.raises(UserError, match=message):
+        checkpoint.resume(here, parts(), dict(epochs=5))
+    whole, other = load_file(path), dict(model=nn.Linear(3, 2))
+    no_groups = whole | dict(optimizer=dict(state={}, param_groups=[]))
+    no_epoch = {k: v for k, v in whole.items() if k != "epoch"}
+    for wrong, into in (
+        ({"a": 1}, parts()),
+        (no_groups, parts()),
+        (no_epoch, parts()),
+        (whole | dict(model=3), parts()),
+        (whole, other),
+        (whole, dict(average=nn.Linear(2, 2))),
+    ):
+        torch.save(wrong, path)
+        with pytest.raises(UserError, match=r"--resume: .* is damaged or no checkpoint of this sc"):
+            checkpoint.resume(here, into, more["identity"])
+    for content, message in (
+        (b"torn", "cannot be read|can be read safely"),
+        (None, "holds a list"),
+    ):
+        path.write_bytes(content) if content else torch.save([1], path)
+        with pytest.raises(UserError, match=message):
+            checkpoint.resume(here, parts(), more["identity"])
+
+
+# -- encoders --
+
+
+def test_encoders_of_every_origin(tmp_path, capsys):
+    """Ours, and as MAE publishes them: under "model", with a decoder and positions, no head."""
+    ours = perturbed(mirl.build_mirl("vit_nano"))
+    state = ours.encoder.state_dict()
+    mae = state | {"mask_token": torch.zeros(8), "decoder_blocks.0.norm1.weight": torch.ones(8)}
+    parallel = {f"module.{name}": x for name, x in mae.items()}
+    save_model(tmp_path / "a.pt", ours.encoder)
+    whole = dict(model=ours.state_dict(), config=dataclasses.asdict(ours.config))
+    forms = [load_file(tmp_path / "a.pt"), whole, mae, {"model": mae}, parallel]
+    for form in [*forms, {"state_dict": parallel, "epoch": 3}]:
+        path = stored(tmp_path / "a.pt", form)
+        for pool, missing, used in (("mean", HEAD, "76 of 80"), ("cls", HEAD[2:], "78 of 80")):
+            model = vit(pool=pool)
+            assert load_encoder(model, path) == missing
+            assert all(torch.equal(state[k], x) for k, x in model.state_dict().items()
+                       if k not in missing)  # fmt: skip
+            printed = capsys.readouterr().out
+            assert f"{used} tensors from {path}; at random: {missing[0]}, " in printed
+            assert ("; unused: norm.weight, norm.bias" in printed) == (pool == "mean")
+
+
+def test_classifiers_become_encoders(tmp_path):
+    """With learned positions, as timm has them; the head is taken where the classes are as many."""
+    state = perturbed(vit(pool="cls", num_classes=10)).state_dict()
+    state["pos_embed"] = torch.randn_like(state["pos_embed"])
+    timm = stored(tmp_path / "timm.pth", state)
+    for classes, missing in ((10, []), (7, HEAD[2:])):
+        model = vit(pool="cls", num_classes=classes)
+        assert load_encoder(model, timm) == missing
+        assert all(torch.equal(state[k], x) for k, x in model.state_dict().items()
+                   if k not in missing)  # fmt: skip
+
+
+def test_other_grids(tmp_path, capsys):
+    state = vit(pool="cls").state_dict()
+    model = vit(pool="cls", image_size=(48, 32))
+    load_encoder(model, stored(tmp_path / "a.pth", state))
+    torch.testing.assert_close(
+        model.pos_embed, mirl.resize_positions(state["pos_embed"], (8, 8), (12, 8))
+    )
+    state["pos_embed"] = torch.linspace(0, 1, 65)[None, :, None].expand(1, 65, 96).clone()
+    model = vit(pool="cls", image_size=64)
+    load_encoder(model, stored(tmp_path / "b.pth", state))
+    assert "positions resized from (8, 8) to (16, 16)" in capsys.readouterr().out
+    grid = model.pos_embed[0, 1:, 0].view(16, 16)
+    assert (grid.diff(dim=0) > 0).all() and model.pos_embed[0, 0, 0] == 0
+    # as many patches on another grid, which only the configuration tells
+    wide, model = vit(image_size=(16, 64), pool="none"), vit()
+    saved = dict(model=wide.state_dict(), config=dataclasses.asdict(wide.config))
+    load_encoder(model, stored(tmp_path / "c.pth", saved))
+    resized = mirl.resize_positions(wide.pos_embed, (4, 16), (8, 8))
+    torch.testing.assert_close(model.pos_embed, resized)
+    with pytest.raises(UserError, match="--from holds 60 positions, which are no square grid"):
+        state["pos_embed"] = torch.ones(1, 61, 96)
+        load_encoder(model, stored(tmp_path / "d.pth", state))
+
+
+def test_truncated_encoders(tmp_path, capsys):
+    short = stored(tmp_path / "short.pth", perturbed(vit(depth=4)).state_dict())
+    model = vit()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    message = r"blocks.4.\S+ is missing in it, \(96,\) in the model; .*; and 21 more$"
+    with pytest.raises(UserError, match=message):
+        load_encoder(model, short)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert len(load_encoder(model, short, truncated=True)) == 24
+    assert "at random: blocks.4, blocks.5" in capsys.readouterr().out
+    for block, same in ((5, True), (3, False)):
+        name = f"blocks.{block}.mlp.fc1.weight"
+        assert torch.equal(model.state_dict()[name], before[name]) == same
+
+
+def test_files_that_fit_no_encoder(tmp_path):
+    for state, message in (
+        ({"something": torch.ones(2)}, "a.pth holds no weights of a ViT"),
+        (
+            vit("vit_ti").state_dict(),
+            r"--from \S+a.pth does not fit the model: cls_token is \(1, 1",
+        ),
+        (vit().state_dict() | {"gate": torch.ones(2)}, r"gate is \(2,\) in it, missing in the mod"),
+    ):
+        for truncated in (False, True):
+            with pytest.raises(UserError, match=message):
+                load_encoder(vit(), stored(tmp_path / "a.pth", state), truncated)
+
+
+# -- pre-trained models, and classifiers --
+
+
+def test_our_checkpoints_become_models_again(tmp_path):
+    """Also where further objectives left more in them."""
+    config = mirl.model_config("vit_nano", segments=4, heads=2)
+    model = perturbed(mirl.ExtendedMIRL(config, mirl.Objectives(feature=1.0)))
+    saved = dict(model=model.state_dict(), config=dataclasses.asdict(config))
+    loaded = load_mirl(stored(tmp_path / "checkpoint.pt", saved), mask_ratio=0.5)
+    assert loaded.config == dataclasses.replace(config, mask_ratio=0.5)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
+    model.config = loaded.config
+    with torch.no_grad():
+        expected = mirl.MIRL.forward(model, images, noise).loss
+        torch.testing.assert_close(loaded(images, noise).loss, expected)
+    save_model(tmp_path / "encoder.pt", model.encoder)
+    with pytest.raises(UserError, match=r"encoder.pt holds no decoders: give a checkpoint.pt"):
+        load_mirl(tmp_path / "encoder.pt")
+    del saved["model"]["decoders.1.norm.bias"]
+    with pytest.raises(UserError, match=r"decoders.1.norm.bias is missing in it, \(64,\) in the m"):
+        load_mirl(stored(tmp_path / "checkpoint.pt", saved))
+
+
+def test_classifiers_that_are_refused(tmp_path):
+    state = vit(num_classes=10).state_dict()
+    headless = {k: v for k, v in state.items() if not k.startswith("head")}
+    gated = state | {"blocks.0.ls1.gamma": torch.ones(96)}
+    for weights, name, message in (
+        (state, "vit_ti", "--from a has 6 blocks of width 96, and --model vit_ti has 12 of 192: g"),
+        (state, "vit_x", "there is no model 'vit_x'"),
+        (headless, "vit_nano", "--from a is no fine-tuned model: it has no head"),
+        (
+            gated,
+            "vit_nano",
+            r"--from a does not fit the model: blocks.0.ls1.gamma is \(96,\) in it",
+        ),
+        ({"head.weight": torch.ones(2)}, "vit_nano", "a holds no weights of a ViT"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_classifier(weights, name, "a")
+
+
+# -- our files in timm --
+
+
+def timm_vit(**fields):
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    shape = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3)
+    return timm.VisionTransformer(**shape, **fields).eval()
+
+
+def test_the_encoder_in_timm(tmp_path):
+    theirs = timm_vit(num_classes=0)
+    model = perturbed(mirl.build_mirl("vit_nano"))
+    save_model(tmp_path / "encoder.pt", model.encoder)
+    theirs.load_state_dict(torch.load(tmp_path / "encoder.pt")["model"])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.forward_features(images), model.encoder(images))
+
+
+@pytest.mark.parametrize(("pool", "theirs"), [("mean", "avg"), ("cls", "token")])
+def test_a_fine_tuned_model_in_timm_and_back(tmp_path, pool, theirs):
+    theirs = timm_vit(num_classes=10, global_pool=theirs)
+    model = perturbed(mirl.build_vit("vit_nano", num_classes=10, pool=pool))
+    save_model(tmp_path / "raw-best.pt", model, classes=list("abcdefghij"))
+    images = torch.randn(2, 3, 32, 32)
+    back = stored(tmp_path / "timm.pth", perturbed(theirs).state_dict())
+    with torch.no_grad():
+        ours, _ = conftest.finetuned("--from", back)
+        torch.testing.assert_close(ours(images), theirs(images))
+        theirs.load_state_dict(torch.load(tmp_path / "raw-best.pt")["model"])
+        torch.testing.assert_close(theirs(images), model(images))

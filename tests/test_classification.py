@@ -1,0 +1,290 @@
+"""Classification: RandAug, crops, mixing and the loss, labelled images, evaluation."""
+
+import copy
+import functools
+import math
+
+import conftest
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import CPU, image_folder, make_shapes, metrics, write_images
+from PIL import Image, ImageEnhance, ImageOps
+from torchvision import transforms as v1
+from torchvision.transforms.v2 import functional as TF
+
+import mirl
+import train_finetune
+from common.data import ImageSet, normalise_images
+from common.shapes import CLASSES
+from mirl import UserError
+from tasks import classification
+from tasks.classification import AUGMENTATIONS, Classification, RandAugment, finetune_transform
+
+TINY = [*conftest.TINY, "--workers", "0", "--train-images", "32", "--from", "scratch"]
+finetune = functools.partial(conftest.run, train_finetune, *TINY)
+
+
+def task(*flags):
+    return Classification(train_finetune.parse([*TINY, *map(str, flags)]), CPU)
+
+
+def vit(**overrides):
+    torch.manual_seed(1)
+    return mirl.build_vit("vit_nano", **overrides)
+
+
+# -- RandAug --
+
+
+def test_randaug_applies_half_of_its_operations_near_nine(monkeypatch):
+    torch.manual_seed(0)
+    seen = []
+    for name in AUGMENTATIONS:
+        monkeypatch.setitem(AUGMENTATIONS, name, lambda x, s, n=name: seen.append((n, s)))
+    randaug = RandAugment(9.0)
+    for _ in range(4000):
+        randaug(None)
+    assert len(seen) == pytest.approx(4000, abs=4 * math.sqrt(2000))  # 8000 · 1/2
+    strengths = torch.tensor([s for _, s in seen])
+    assert strengths.mean() == pytest.approx(0.9, abs=0.01) and strengths.max() == 1
+    assert strengths[strengths < 1].std() == pytest.approx(0.05, abs=0.01)
+    assert {n for n, _ in seen} == set(AUGMENTATIONS) and len(AUGMENTATIONS) == 15
+    signed = [classification.random_sign(0.3) for _ in range(400)]
+    assert set(signed) == {0.3, -0.3} and 140 < signed.count(0.3) < 260
+
+
+def test_randaug_is_not_that_of_torchvision():
+    """Its rotation at 9 is 27 degrees; that of torchvision's RandAugment(2, 9) is 9."""
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 30:34] = 255  # a horizontal bar
+    turned = AUGMENTATIONS["rotate"](image, 0.9)[0] > 200
+    a, b = (turned[:, column].nonzero().float().mean() for column in (20, 43))
+    assert abs(math.degrees(math.atan((b - a) / 23))) == pytest.approx(27, abs=4)
+
+
+NO_STRENGTH = ("autocontrast", "equalize", "invert")
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_operation_grows_with_its_strength_at_every_size(name, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(classification, "random_sign", lambda strength: strength)
+    for hw in ((1, 1), (33, 17), (20, 1), (32, 32)):
+        image = torch.randint(256, (3, *hw), dtype=torch.uint8)
+        for strength in (0.0, 0.05, 0.5, 0.999, 1.0):
+            out = AUGMENTATIONS[name](image, strength)
+            assert out.dtype == torch.uint8 and out.shape == image.shape
+            if not strength and name not in (*NO_STRENGTH, "posterize"):  # which leaves 4 bits
+                assert torch.equal(out, image)
+    image = make_shapes(33, 0)[0][0]
+    out = [AUGMENTATIONS[name](image, strength).float() for strength in (0.3, 0.9)]
+    weak, strong = ((x - image).abs().mean() for x in out)
+    assert strong == weak > 0 if name in NO_STRENGTH else strong > weak > 0
+
+
+@pytest.mark.parametrize("strength", [-1, -0.999, -0.5, -0.05, 0, 0.05, 0.5, 0.999, 1])
+def test_operations_against_those_of_pil(monkeypatch, strength):
+    torch.manual_seed(0)
+    s = abs(strength)
+    monkeypatch.setattr(classification, "random_sign", lambda _: strength)
+    pil = dict(
+        autocontrast=ImageOps.autocontrast,
+        equalize=ImageOps.equalize,
+        invert=ImageOps.invert,
+        posterize=lambda x: ImageOps.posterize(x, max(1, 4 - int(4 * s))),
+        solarize=lambda x: ImageOps.solarize(x, 256 - int(256 * s)),
+    )
+    for name in ("color", "contrast", "brightness", "sharpness"):
+        enhance = getattr(ImageEnhance, name.title())
+        pil[name] = lambda x, enhance=enhance: enhance(x).enhance(1 + 0.9 * strength)
+    exact = ("equalize", "invert", "posterize", "solarize")
+    images = [*make_shapes(33, 0)[0][:4], torch.full((3, 5, 5), 77, dtype=torch.uint8)]
+    images += [torch.randint(n, (3, 33, 17), dtype=torch.uint8) for n in (20, 256)]
+    for name, operation in pil.items():
+        for image in images:
+            theirs = TF.pil_to_tensor(operation(TF.to_pil_image(image))).int()
+            ours = AUGMENTATIONS[name](image, s).int()
+            assert (ours - theirs).abs().max() <= (name not in exact), name
+
+
+def test_what_is_moved_leaves_grey():
+    """Half of the strength shifts by 0.225 of a side, and ImageNet's mean comes in."""
+    white = torch.full((3, 41, 20), 255, dtype=torch.uint8)
+    for name, count in (("translate_x", 4 * 41), ("translate_y", 9 * 20)):
+        out = AUGMENTATIONS[name](white, 0.5)
+        assert (out.movedim(0, 2) == torch.tensor([124, 116, 104])).all(dim=2).sum() == count
+        assert (out == 255).sum() == 3 * (41 * 20 - count)
+
+
+# -- crops --
+
+
+def test_small_images_are_padded_and_cropped():
+    """A 32-pixel image keeps its scale: each row of a crop is a row of the image, or padding."""
+    torch.manual_seed(0)
+    image = (torch.arange(32, dtype=torch.uint8) * 8)[:, None].expand(3, 32, 32)
+    small = finetune_transform((32, 32), 0)
+    tops = set()
+    for _ in range(50):
+        values = small(image)[0, :, 16].int() / 8
+        step = values.diff()[(values[1:] > 0) & (values[:-1] > 0)]
+        assert (step == 1).all()
+        tops.add(values[values > 0][0].item() - (values > 0).int().argmax().item())
+    assert tops == set(range(-4, 5))
+
+
+def noise(h, w):
+    return np.random.default_rng(0).integers(0, 256, (h, w, 3)).astype("u1")
+
+
+def test_large_images_are_cropped_and_resized_as_by_pil():
+    """An area of 0.08 to 1 at a ratio of 3/4 to 4/3; bicubic, then flipped in half of the cases."""
+    image = Image.fromarray(noise(150, 130))
+    transform = finetune_transform((96, 80), 0)
+    flips = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        found = transform(TF.pil_to_tensor(image)).int()
+        torch.manual_seed(seed)
+        y, x, h, w = v1.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+        crop = image.crop((x, y, x + w, y + h)).resize((80, 96), Image.Resampling.BICUBIC)
+        if torch.rand(1) < 0.5:
+            crop, flips = ImageOps.mirror(crop), flips + 1
+        assert (found - TF.pil_to_tensor(crop).int()).abs().max() <= 1
+    assert 0 < flips < 8
+
+
+@pytest.mark.parametrize("size", [64, 72])
+def test_a_validation_image_is_resized_and_cropped_as_by_pil(size):
+    """Bicubic, the short side to 256/224 of the wanted one; up to 64 to that one itself."""
+    image = Image.fromarray(noise(100, 130))
+    config = mirl.model_config("vit_nano", image_size=size)
+    found = task().transform(config, training=False)(TF.pil_to_tensor(image)).int()
+    short = size if size == 64 else round(size * 256 / 224)
+    resized = image.resize((int(short * 1.3), short), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - size) / 2), round((short - size) / 2)
+    expected = TF.pil_to_tensor(resized.crop((left, top, left + size, top + size))).int()
+    assert (found - expected).abs().max() <= 1
+
+
+# -- mixing, the loss --
+
+
+def mixing(*flags):
+    return classification.mixup_or_cutmix(task(*flags).args, 4)
+
+
+def test_mixed_targets_with_smoothing_by_hand():
+    """λ·one-hot of the image + (1 − λ)·one-hot of its neighbour, then 0.2 spread over all."""
+    torch.manual_seed(0)
+    images, labels, logits = torch.rand(3, 3, 8, 8), torch.tensor([0, 2, 3]), torch.randn(3, 4)
+    mixed = []
+    one = task("--mixup", 0.8, "--label-smoothing", 0.2)
+    one.model(None, 4, None)
+    loss = one.losses(lambda x: mixed.append(x) or logits, images, labels)["loss"]
+    [mixed], rolled = mixed, images.roll(1, 0)
+    lam = ((mixed - rolled) / (images - rolled)).median().item()
+    assert 0.01 < lam < 0.99
+    torch.testing.assert_close(mixed, lam * images + (1 - lam) * rolled)
+    by_hand = 0.0
+    for i in range(3):
+        for c in range(4):
+            target = lam * (labels[i] == c) + (1 - lam) * (labels[i - 1] == c)
+            target = 0.8 * target + 0.2 / 4
+            by_hand -= target * (logits[i, c] - logits[i].exp().sum().log()) / 3
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_mixing_alternates_between_mixup_and_cutmix():
+    torch.manual_seed(0)
+    mix, off = mixing("--mixup", 0.8, "--cutmix", 1.0), mixing("--mixup", 0, "--cutmix", 0)
+    images = torch.arange(2.0)[:, None, None, None].expand(2, 3, 16, 16)
+    cut = sum(len(mix(images, torch.tensor([0, 1]))[0][0].unique()) == 2 for _ in range(300))
+    assert 100 < cut < 200
+    assert off(1, 2) == (1, 2)
+
+
+def test_erasing_puts_a_box_of_noise_into_each_image():
+    torch.manual_seed(0)
+    erase = mixing("--mixup", 0, "--cutmix", 0, "--erasing", 0.5)
+    images, _ = erase(torch.zeros(200, 3, 32, 32), torch.zeros(200))
+    boxes = [box for box in (images != 0).all(dim=1) if box.any()]
+    assert all(torch.equal(b, b.any(dim=1)[:, None] & b.any(dim=0)) for b in boxes)
+    assert 60 < len(boxes) < 140 and len({b.sum().item() for b in boxes}) > 20  # each its own
+    assert images[images != 0].std() == pytest.approx(1, abs=0.05)
+
+
+def test_a_step_reads_nothing_from_the_device():
+    """Tensors of the meta device have no values: whatever would wait for a GPU fails there."""
+    torch.manual_seed(0)
+    one = task("--erasing", 0.5, "--mixup", 0.8, "--cutmix", 1)
+    model = one.model(vit(num_classes=16, drop_path=0.1), 16, None).to("meta")
+    average = copy.deepcopy(model)
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="meta")
+    labels = torch.zeros(4, dtype=torch.int64, device="meta")
+    for _ in range(6):  # mixup and cutmix both
+        one.losses(model, normalise_images(images), labels)["loss"].backward()
+        mirl.update_ema(average, model, 0.99)
+    sums = classification.score(model(normalise_images(images)), labels)
+    with pytest.raises(RuntimeError):
+        sums.sum().item()
+
+
+# -- data, evaluation --
+
+
+def test_the_validation_images_are_the_same_in_every_run():
+    def images(seed, count, split):
+        flags = ["--train-images", 20, "--val-images", count, "--seed", seed]
+        return task(*flags).data(split).images
+
+    assert len(images(0, 7, "val")) == 7 and len(images(0, 7, "train")) == 20
+    assert torch.equal(images(0, 7, "val"), images(1, 7, "val"))
+    assert not torch.equal(images(0, 7, "train"), images(1, 7, "train"))
+    with pytest.raises(UserError, match="--val-images 34: there are 33"):
+        images(0, 34, "val")
+
+
+def test_evaluation_against_a_plain_count(monkeypatch):
+    """Of 33 images, 32 with a label, in batches of 10."""
+    images, labels = make_shapes(33, 0)
+    labels = labels.index_fill(0, torch.tensor(5), -1)
+    one, models = task(), [vit(num_classes=16).train(), vit(num_classes=16, depth=2)]
+    for model in models:
+        nn.init.normal_(model.head.weight)
+    monkeypatch.setattr(train_finetune, "device_limit", lambda config: 10)
+    loader = train_finetune.in_order(one, ImageSet(images, labels, CLASSES), models[0].config)
+    truth = labels[labels >= 0]
+    for model, scores in zip(models, one.evaluate(models, loader), strict=True):
+        assert not model.training
+        with torch.no_grad():
+            logits = model(normalise_images(images))[labels >= 0]
+        ranks = (logits > logits[range(32), truth][:, None]).sum(1)
+        assert scores["top1"] == pytest.approx(100 * (ranks < 1).sum().item() / 32)
+        assert scores["top5"] == pytest.approx(100 * (ranks < 5).sum().item() / 32)
+        expected = -logits.log_softmax(dim=1)[range(32), truth].mean().item()
+        assert scores["val_loss"] == pytest.approx(expected, rel=1e-5)
+        assert scores["val_images"] == 32
+
+
+def test_what_cannot_be_read_does_not_count_in_an_evaluation(tmp_path, capsys):
+    folder = image_folder(tmp_path / "data")
+    (folder / "val" / "dog" / "005.png").write_bytes(b"no image")
+    (folder / "train" / "eel" / "007.png").write_bytes(b"no image")
+    assert finetune("--data", folder, "--out", tmp_path / "run", "--train-images", 33) == 0
+    epochs = metrics(tmp_path / "run", "epoch")
+    assert [m["raw_val_images"] for m in epochs] == [32, 32]
+    assert epochs[-1]["corrupt_files"] == 2
+    assert capsys.readouterr().out.count("cannot be read: another image is in its place") == 2
+
+
+def test_images_without_labels(tmp_path, capsys):
+    write_images(tmp_path / "data")
+    assert finetune("--data", tmp_path / "data", "--out", tmp_path / "run") == 2
+    assert "the val images have no labels" in capsys.readouterr().err
+    folder = image_folder(tmp_path / "folder")
+    write_images(folder / "val" / "fox", 2)  # of no class of train/
+    assert len(task("--data", folder).data("val")) == 33
+    assert "2 val images are in no folder of a class in train/" in capsys.readouterr().out

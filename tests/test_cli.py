@@ -1,0 +1,98 @@
+"""The command line, how a script ends, devices and processes."""
+
+import re
+import time
+from unittest.mock import Mock
+
+import pytest
+import torch
+from conftest import CPU, start, succeed
+
+import train_finetune
+import train_pretrain
+from common import checkpoint, cli, distributed
+from mirl import UserError
+
+
+def test_recipes_and_help(capsys):
+    args = train_pretrain.parse(["--recipe", "imagenet", "--epochs", "800"])
+    assert (args.epochs, args.batch_size, args.model) == (800, 4096, "vit_b")
+    assert args.lr == pytest.approx(1.5e-4 * 16) and args.out == "runs/mirl-imagenet"
+    assert train_pretrain.parse(["--lr", "0.5", "--method", "mae"]).out == "runs/mae-quick"
+    assert train_finetune.parse(["--task", "segment"]).data == "scenes"  # quick-segment's
+    with pytest.raises(SystemExit):
+        train_pretrain.parse(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "passes over the training images; quick 12; cifar10 200" in printed
+    assert "imagenet 300" in printed and "quick-segment" not in printed
+
+
+def test_how_a_script_ends(capsys, monkeypatch):
+    class Lost(UserError):
+        exit_code = 1
+
+    def ends(error):
+        def main(argv):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            cli.run_script(main)
+        return stop.value.code, capsys.readouterr().err
+
+    full = RuntimeError("Traceback …\nCUDA out of memory. Tried to allocate 2 GiB")
+    assert ends(UserError("No.")) == (2, "error: No.\n")
+    assert ends(Lost("Lost.")) == (1, "error: Lost.\n")
+    assert ends(OSError("")) == (2, "error: OSError\n")
+    worker = UserError("Traceback …\nmirl.UserError: In a worker.")
+    assert ends(worker) == (2, "error: In a worker.\n")
+    assert ends(full) == (1, "error: the memory does not suffice: lower the (device) batch size\n")
+    assert ends(KeyboardInterrupt())[0] == 130
+    with pytest.raises(RuntimeError, match="a bug"):
+        ends(RuntimeError("a bug"))
+    monkeypatch.setattr(cli, "time", Mock())
+    monkeypatch.setattr(cli, "LOCAL_RANK", 1)
+    monkeypatch.setattr(cli, "RANK", 9)
+    assert ends(UserError("No.")) == (2, "error: process 9: No.\n")
+    assert cli.time.sleep.called
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_what_precision_a_gpu_gets(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    assert distributed.pick_dtype("auto", device) == getattr(torch, dtype)
+    assert distributed.pick_dtype("fp16", device) == torch.float16
+    assert distributed.pick_dtype("auto", CPU) == torch.float32
+    if dtype == "float32":
+        with pytest.raises(UserError, match="--dtype bf16: this GPU has no bf16"):
+            distributed.pick_dtype("bf16", device)
+
+
+def test_devices_of_several_processes(monkeypatch):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    assert distributed.pick_device("cpu") == CPU
+    for flag in ("cuda:1", "mps"):
+        with pytest.raises(UserError, match=f"--device {flag} is for one process"):
+            distributed.pick_device(flag)
+
+
+def in_each_of_two_processes(folder):
+    """Called by the next test."""
+    rank = distributed.RANK
+    with distributed.process_group("cpu"):
+        with distributed.rank_zero_first():
+            there = checkpoint.Path(folder, "downloaded").exists()
+            time.sleep(0.3 * (rank == 0))
+            checkpoint.Path(folder, "downloaded").touch()
+        assert distributed.gather((rank, there)) == [(0, False), (1, True)]
+        # only the first node sees the run that is to be continued
+        own = checkpoint.Path(folder, f"node-{rank}")
+        own.mkdir()
+        if rank == 0:
+            torch.save(dict(identity={}, epoch=1), own / "checkpoint.pt")
+        with pytest.raises(UserError, match=re.escape(f"--out {own} must be shared by all nodes")):
+            checkpoint.resume(str(own), {}, dict(epochs=2))
+
+
+def test_what_processes_do_together(tmp_path):
+    succeed(start(f"import test_cli; test_cli.in_each_of_two_processes({str(tmp_path)!r})", 2))

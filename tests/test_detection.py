@@ -1,0 +1,462 @@
+"""Detection: COCO's layout, Mask R-CNN on the pyramid, and average precision."""
+
+import math
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+from conftest import CPU, coco, start, succeed
+from test_dense import loader, noise, vit
+
+import mirl
+import train_finetune
+from common import distributed
+from common.data import normalise_images
+from common.distributed import RANK, gather
+from common.metrics import parameter_groups
+from mirl import UserError
+from tasks import dense, detection
+from tasks.dense import annotation_file
+from tasks.detection import Detection, coco_scores, decode, detections, load_coco, mask_rcnn
+from tasks.segmentation import UperNet, segmentation_loss
+
+pytest.importorskip("pycocotools")
+from pycocotools import mask as coco_mask
+
+# torchvision's defaults are made for 800 pixels: fewer proposals do for these
+FEW = dict(rpn_post_nms_top_n_train=20, rpn_pre_nms_top_n_train=50, box_batch_size_per_image=16)
+
+
+def task(device=CPU):
+    return Detection(Namespace(dtype="fp32"), device)
+
+
+def detector(dtype=torch.float32, sizes=(64,), **changes):
+    return mask_rcnn(vit(**changes), 5, sizes=sizes, width=16, dtype=dtype, **FEW)
+
+
+def target(*corners, side=64):
+    """What torchvision expects: rectangles, each with its box and mask, of classes 1, 2, …"""
+    masks = torch.zeros(len(corners), side, side, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, corners):
+        mask[top:bottom, left:right] = 1
+    boxes = torch.tensor(corners, dtype=torch.float32).view(-1, 4)
+    return dict(boxes=boxes, labels=torch.arange(1, len(corners) + 1), masks=masks)
+
+
+def answers(forward):
+    model = nn.Module()
+    model.forward = forward
+    return model
+
+
+# -- COCO's layout --
+
+
+def test_coco(tmp_path):
+    train, val = (load_coco(coco(tmp_path / split), split) for split in ("train", "val"))
+    assert len(train) == 2 and len(val) == 3  # 285 has no annotation
+    assert train.classes == ["person", "car", "toothbrush"]
+    image, target = train.read(0)
+    assert image.shape == (3, 31, 45) and target["image_id"] == 139
+    assert target["labels"].tolist() == [3, 1] and target["labels"].dtype == torch.int64
+    assert target["boxes"].tolist() == [[5, 4, 25, 14], [30, 20, 45, 31]]
+    expected = torch.zeros(2, 31, 45, dtype=torch.uint8)
+    expected[0, 4:14, 5:25] = expected[1, 20:, 30:] = 1
+    assert torch.equal(target["masks"], expected)
+    _, nothing = val.read(1)
+    assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 31, 45)
+    assert nothing["labels"].shape == (0,) and nothing["image_id"] == 285
+    swapped = train.select(torch.tensor([1, 0]))
+    assert swapped.read(1)[1]["image_id"] == 139 and swapped.digest() != train.digest()
+    assert [swapped.name(1), train.name(1)] == [
+        f"{tmp_path}/train/train2017/{name}.jpg or its annotation"
+        for name in ("000000000139", "000000000724")
+    ]
+
+    def move(content):
+        content["annotations"][0]["bbox"][0] += 1
+
+    assert load_coco(coco(tmp_path / "same"), "train").digest() == train.digest()
+    assert load_coco(coco(tmp_path / "moved", move), "train").digest() != train.digest()
+
+
+def test_an_image_of_crowds_alone_is_trained_on(tmp_path):
+    """It has an annotation; its objects are none."""
+    data = load_coco(coco(tmp_path / "a", lambda c: c["annotations"][4].update(iscrowd=1)), "train")
+    assert len(data) == 2 and len(data.read(1)[1]["boxes"]) == 0
+
+
+def blobs(h, w, seed):
+    """A mask whose runs have lengths from one to many columns."""
+    return (
+        nn.functional.interpolate(noise(1, 1, h // 2 + 2, w // 2 + 2, seed=seed), (h, w))[0, 0] > 0
+    )
+
+
+def test_run_lengths():
+    """As numbers, by loops, and packed into a string, by pycocotools."""
+    for mask in [*(blobs(31, 45, seed) for seed in range(4)), torch.ones(31, 45) > 0]:
+        counts, last = [0], False
+        for value in mask.T.flatten().tolist():  # column by column
+            counts += [0] if value != last else []
+            counts[-1] += 1
+            last = value
+        packed = coco_mask.encode(np.asfortranarray(mask.byte().numpy()))["counts"].decode()
+        assert dense.annotation(mask)["segmentation"] == dict(size=[31, 45], counts=counts)
+        for said in (counts, packed):
+            seen = decode(dict(size=[31, 45], counts=said), 31, 45)
+            assert seen.dtype == np.uint8 and np.array_equal(seen, mask.numpy())
+
+
+def test_polygons():
+    """Of each, the pixels whose centre is inside; of several, those of any."""
+    y, x = torch.meshgrid(torch.arange(31) + 0.5, torch.arange(45) + 0.5, indexing="ij")
+    for seed in range(9):
+        angle = torch.arange(8) * math.pi / 4
+        radius = 6 + 6 * torch.rand(8, generator=torch.Generator().manual_seed(seed))
+        a = torch.stack([28 + radius * angle.cos(), 15 + radius * angle.sin()], dim=1)
+        inside = torch.zeros(31, 45, dtype=torch.bool)
+        for (x1, y1), (x2, y2) in zip(a, a.roll(-1, 0)):  # a ray to the right crosses how many
+            inside ^= ((y1 > y) != (y2 > y)) & (x < x1 + (y - y1) * (x2 - x1) / (y2 - y1))
+        inside[1:4, 2:6] = True
+        seen = torch.from_numpy(decode([a.flatten().tolist(), [2, 1, 6, 1, 6, 4, 2, 4]], 31, 45))
+        assert seen.max() == 1 and (seen[1:4, 2:6] == 1).all()
+        assert ((seen > 0) & inside).sum() > 0.93 * ((seen > 0) | inside).sum()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(size=[31, 45], counts=[1000, 396]),  # a pixel more than there are
+        dict(size=[31, 45], counts=[1000, 394]),
+        dict(size=[45, 31], counts=[1000, 395]),
+        coco_mask.encode(np.ones((31, 46), np.uint8, "F")) | dict(size=[31, 45]),
+        dict(size=[31, 45]),
+        [[1, 2]],
+        [["a"] * 6],
+        "polygon",
+    ],
+)
+def test_a_wrong_segmentation_makes_an_image_unreadable(tmp_path, wrong):
+    if isinstance(wrong, dict) and isinstance(wrong.get("counts"), bytes):
+        wrong["counts"] = wrong["counts"].decode()
+    edit = {"segmentation": wrong}
+    data = load_coco(coco(tmp_path / "a", lambda c: c["annotations"][0].update(edit)), "train")
+    assert data.read(0) is None and data.read(1) is not None
+
+
+NOT_COCO = "train2017.json is no file of COCO's instances"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.pop("images"), f"{NOT_COCO} .KeyError..images"),
+        (lambda c: c.update(annotations=[7]), NOT_COCO),
+        (lambda c: c.update(images=[], annotations=[]), "names no images"),
+        (lambda c: c.update(annotations=[]), "has no annotation of any image"),
+        (lambda c: c["images"][0].update(width=0), "an image without size"),
+        (lambda c: c["images"][0].update(file_name="x.jpg"), "the image .'x.jpg'., which is not i"),
+        (lambda c: c["annotations"][0].update(segmentation=[]), "an object without segmentation"),
+        (lambda c: c["annotations"][0].update(image_id=5), r"of image \[5\], which it does not li"),
+        (lambda c: c["annotations"][0].update(category_id=77), r"of category \[77\], which it do"),
+    ],
+)
+def test_annotations_that_cannot_be_used(tmp_path, edit, message):
+    with pytest.raises(UserError, match=message):
+        load_coco(coco(tmp_path / "data", edit), "train")
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    file = annotation_file(coco(tmp_path / "data") / "train2017")
+    file.write_text("{")
+    with pytest.raises(UserError, match=NOT_COCO):
+        load_coco(tmp_path / "data", "train")
+    file.unlink()
+    with pytest.raises(UserError, match=f"there is no {file}"):
+        load_coco(tmp_path / "data", "train")
+
+
+def test_transforms_move_boxes_and_masks_alike(tmp_path):
+    image, target = load_coco(coco(tmp_path / "a"), "train").read(0)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(9):
+        moved, objects = task().transform(None, True)(image, target)
+        flipped = not torch.equal(moved, image)
+        seen.add(flipped)
+        assert torch.equal(moved, image.flip(2) if flipped else image)
+        for box, mask in zip(objects["boxes"].tolist(), objects["masks"], strict=True):
+            y, x = mask.nonzero().T
+            assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        assert objects["labels"].tolist() == [3, 1] and objects["image_id"] == 139
+        assert torch.equal(task().transform(None, False)(image, target)[0], image)
+    assert seen == {False, True}
+
+
+# -- the model --
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("vit_s", "43.66"), ("vit_b", "113.42"), ("vit_b_24", "198.48"), ("vit_b_48", "368.59")],
+)
+def test_parameters_of_the_papers_models(name, millions):
+    """Of COCO's 80 classes and the background."""
+    with torch.device("meta"):
+        model = mask_rcnn(mirl.build_vit(name, pool="none"), 81)
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == millions
+
+
+def test_at_full_width_mask_rcnn_is_torchvisions():
+    """Losses and detections are those of its own class where nothing but the backbone is given."""
+    few = FEW | dict(box_detections_per_img=5)
+    ours = mask_rcnn(vit(patch_size=16), 5, sizes=(64,), **few)
+    backbone = detection.FeaturePyramid(vit(patch_size=16), 256, torch.float32)
+    plain = dict(image_mean=[0, 0, 0], image_std=[1, 1, 1])
+    theirs = torchvision.models.detection.MaskRCNN(
+        backbone, 5, min_size=64, max_size=1333, **plain, **few
+    )
+    theirs.load_state_dict(ours.state_dict())
+    images, targets = list(noise(2, 3, 64, 64)), [target((5, 5, 40, 30)), target()]
+    found = []
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found.append((model(images, targets), model.eval()(images)))
+    assert len(found[0][1][0]["boxes"]) > 0
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def sides(model):
+    """The short sides that images get in training, and the shapes of a wide one in evaluation."""
+    resize, image = model.transform.train(), torch.zeros(1, 60, 80)
+    short = {resize.resize(image)[0].shape[1] for _ in range(80)}
+    resize.eval()
+    return short, *(tuple(resize.resize(torch.zeros(1, 60, w))[0].shape[1:]) for w in (80, 180))
+
+
+def test_what_the_task_makes_of_the_model():
+    """Short side 480 to 800 in steps of 32 in training, 800 in evaluation, long side 1333; of small
+    images no other sizes, and fewer boxes."""
+    with torch.device("meta"):
+        large = task().model(vit(image_size=800, patch_size=16), 80, None)
+        small = task().model(vit(), 4, 16)
+        plain = mask_rcnn(vit(), 5)
+    paper = (set(range(480, 801, 32)), (800, 1066), (444, 1333))
+    assert sides(large) == sides(plain) == paper
+    assert sides(small) == ({64}, (64, 85), (35, 106))
+    for model, classes, width, boxes, before, after in (
+        (large, 81, 256, 512, 2000, 2000),
+        (small, 5, 16, 64, 200, 100),
+    ):
+        assert model.roi_heads.box_predictor.cls_score.out_features == classes
+        assert model.roi_heads.mask_predictor.mask_fcn_logits.out_channels == classes
+        assert model.backbone.out_channels == width
+        assert model.roi_heads.fg_bg_sampler.batch_size_per_image == boxes
+        assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (before, after)
+        assert model.config.pool == "none"
+
+
+def test_boxes_are_exact_under_bfloat16():
+    """Encoder and FPN are in bfloat16; anchors, heads and boxes are not, nor are they rounded."""
+    model, image = detector(torch.bfloat16, sizes=(32,), patch_size=16).eval(), noise(3, 32, 1001)
+    seen = {}
+    parts = dict(
+        mlp=model.backbone.pyramid.vit.blocks[0].mlp.fc1,
+        fpn=model.backbone.fpn.layer_blocks[0],
+        box=model.roi_heads.box_head.fc6,
+        mask=model.roi_heads.mask_head[0],
+        anchors=model.rpn.anchor_generator,
+    )
+    for name, part in parts.items():
+        part.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+    with torch.autocast("cpu", torch.bfloat16):
+        [found] = model([image])
+    half = {k: x.dtype == torch.bfloat16 for k, x in seen.items() if k != "anchors"}
+    assert half == dict(mlp=True, fpn=True, box=False, mask=False)
+    assert found["boxes"].dtype == found["scores"].dtype == found["masks"].dtype == torch.float32
+    [anchors] = seen["anchors"]
+    expected = []
+    for stride in (4, 8, 16, 32, 64):  # of the image padded to 32 x 1024
+        for i in range(max(1, 32 // stride)):
+            for j in range(1024 // stride):
+                for ratio in (0.5, 1, 2):
+                    h, w = 8 * stride * ratio**0.5 / 2, 8 * stride / ratio**0.5 / 2
+                    h, w, y, x = round(h), round(w), i * stride, j * stride
+                    expected.append([x - w, y - h, x + w, y + h])
+    assert anchors.dtype == torch.float32 and anchors.tolist() == expected
+
+
+def test_layer_decay_reaches_the_encoder_of_both_models():
+    """Its parameters have the rates that test_finetune.py checks, whatever is around it."""
+
+    def rates(model):
+        groups = parameter_groups(model, 2.0, 0.05, train_finetune.layer_decay(0.5, 6))
+        return {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+    for model in (UperNet(vit(patch_size=16), 5), detector(patch_size=16)):
+        pyramid = (model if hasattr(model, "pyramid") else model.backbone).pyramid
+        plain = {id(p): (2.0, 0.05 if p.ndim > 1 else 0) for p in model.parameters()}
+        assert rates(model) == plain | rates(pyramid.vit)
+
+
+# -- average precision --
+
+
+def perfect(data, i, shift=0.0):
+    """What a model would find that knew the objects, its boxes and masks shifted."""
+    _, target = data.read(i)
+    masks = target["masks"].float().roll(round(shift), dims=2)[:, None]
+    boxes = target["boxes"] + shift * torch.tensor([1, 0, 1, 0])
+    return dict(target, boxes=boxes, masks=masks, scores=torch.ones(len(masks)))
+
+
+def knowing(data, *shifts):
+    """A model that knows the images, and finds their objects shifted."""
+    known = [normalise_images(data.read(i)[0].as_subclass(torch.Tensor)) for i in range(len(data))]
+
+    def forward(images):
+        places = [next(i for i, y in enumerate(known) if torch.equal(x, y)) for x in images]
+        return [perfect(data, i, shifts[i % len(shifts)]) for i in places]
+
+    return answers(forward)
+
+
+def findable(content):
+    """What is beyond the edges or without width is no object that can be found."""
+    del content["annotations"][1:3]
+    for i, annotation in enumerate(content["annotations"]):  # COCOeval misreads an id of 0
+        annotation["id"] = i
+
+
+def test_average_precision_of_perfect_and_of_shifted_objects(tmp_path, capsys):
+    data = load_coco(coco(tmp_path / "a", findable), "train")
+    models = [knowing(data, shift) for shift in (0, 3, 99)]
+    models[0].train()
+    images = loader(data, task().transform(None, False), keep_labels=False)
+    right, shifted, wrong = task().evaluate(models, images)
+    assert not models[0].training
+    names = [f"{kind}_{ap}" for kind in ("box", "mask") for ap in ("ap", "ap50", "ap75")]
+    assert [*right] == names and [*right.values()] == pytest.approx([100] * 6)
+    # shifted by 3, IoUs are (20 − 3)/(20 + 3) = 0.74 and (12 − 3)/(12 + 3) = 0.6: of ten thresholds
+    # five and three are reached
+    assert shifted["box_ap"] == pytest.approx(100 * (0.5 + 0.3) / 2)
+    assert shifted["box_ap50"] == pytest.approx(100) and shifted["box_ap75"] == 0
+    assert 30 <= shifted["mask_ap"] < 50 and wrong["box_ap50"] == 0
+    assert capsys.readouterr().out == ""
+    # an image that cannot be read counts for nothing: one of the two objects is left
+    Path(data.name(1).removesuffix(" or its annotation")).write_bytes(b"no image")
+    one = answers(lambda images: [perfect(data, 0, 3) for _ in images])
+    [left] = task().evaluate([one], loader(data, task().transform(None, False), keep_labels=False))
+    assert left["box_ap"] == pytest.approx(50)
+
+
+def test_masks_begin_at_one_half():
+    masks = torch.tensor([0.49, 0.51, 0.2]).repeat(3, 1).rot90()[None].repeat(2, 1, 1)[:, None]
+    output = dict(masks=masks, boxes=torch.tensor([[1.0, 2, 4, 8]] * 2))
+    output |= dict(scores=torch.tensor([0.5, 0.25]), labels=torch.tensor([3, 1]))
+    found = detections(output)
+    assert [one["label"] for one in found] == [3, 1] and found[1]["score"] == 0.25
+    for one, mask in zip(found, masks, strict=True):
+        seen = coco_mask.decode(one["segmentation"])
+        assert seen.sum() == 3 and np.array_equal(seen, (mask[0] == 0.51).numpy())
+        assert one["bbox"] == [1, 2, 3, 6]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "SCENES", dict(train=(12, 2), val=(1, 3)))
+        return dense.data_folder("scenes", str(tmp_path_factory.mktemp("data")))
+
+
+def test_average_precision_is_over_the_images_that_were_looked_at(scenes):
+    data = load_coco(scenes, "train")
+    file = annotation_file(data.root)
+    found = [(i + 1, detections(perfect(data, i))) for i in range(12)]
+    assert {round(x, 6) for x in coco_scores(found, file).values()} == {100}
+    assert coco_scores(found[:4], file)["mask_ap"] == pytest.approx(100)
+    assert 0 < coco_scores([*found[:4], (5, [])], file)["mask_ap"] < 99
+    assert coco_scores([(i, []) for i, _ in found], file)["box_ap"] == 0
+
+
+def in_each_of_two_processes(root, expected):
+    """Called below, in processes of its own. Average precision is over the images of both, and
+    gradients are the same, parameters all having one, where no image or one has an object."""
+    assert distributed.WORLD_SIZE == 2
+    with distributed.process_group("cpu") as device:
+        data = load_coco(root, "train")
+        images = loader(data, task().transform(None, False), 2, keep_labels=False)
+        [scores] = task(device).evaluate([knowing(data, 0, 3, 1)], images)
+        assert scores == pytest.approx(expected)
+
+        images = noise(2, 3, 64, 64, seed=RANK)
+        targets = [target(), target((5, 5, 40, 30)) if RANK else target()]
+        labels = torch.full((2, 64, 64), 255 if RANK else 3)
+        segment = UperNet(vit(), 5, width=16)
+        for model in (detector(), segment):
+            assert not distributed.syncs_batch_norm(device)
+            parallel = distributed.data_parallel(model, device)
+            for seen in (targets, [target(), target()]):
+                if model is segment:
+                    loss = segmentation_loss(parallel(images), labels)
+                else:
+                    losses = task().losses(parallel, images, seen)
+                    assert len(losses) == 6
+                    loss = losses["loss"]
+                loss.backward()
+                first, second = gather([p.grad.clone() for p in model.parameters()])
+                assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second))
+                model.zero_grad()
+        before = gather(segment.fuse[1].running_mean.clone())
+        distributed.share_buffers(segment)
+        after = gather(segment.fuse[1].running_mean.clone())
+        assert not torch.equal(*before)
+        assert torch.equal(*after) and torch.equal(after[0], before[0])
+
+
+def test_two_processes(scenes):
+    """What each of them finds has another precision than what both find together."""
+    data = load_coco(scenes, "train")
+    images = loader(data, task().transform(None, False), 2, keep_labels=False)
+    model = knowing(data, 0, 3, 1)
+    [scores] = task().evaluate([model], images)
+    file = annotation_file(data.root)
+    for part in ([0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11], range(12)):
+        found = [(i + 1, detections(perfect(data, i, (0, 3, 1)[i % 3]))) for i in part]
+        alone = coco_scores(found, file)
+        assert 20 < alone["box_ap"] < 95
+        assert (abs(alone["box_ap"] - scores["box_ap"]) < 1e-9) == (len(part) == 12)
+    code = "import pathlib, test_detection as t\n"
+    code += f"t.in_each_of_two_processes(pathlib.Path({str(scenes)!r}), {scores})"
+    succeed(start(code, 2))
+
+
+def test_what_is_found_is_told_and_drawn(scenes, capsys, monkeypatch):
+    """What has a score above one half, in the image's own pixels."""
+    image, calls = torch.zeros(3, 40, 50, dtype=torch.uint8), []
+    output = target((5, 6, 30, 31), (1, 2, 3, 4), (0, 0, 9, 9), side=50)
+    output |= dict(scores=torch.tensor([0.9, 0.51, 0.49]), labels=torch.tensor([2, 1, 1]))
+    output["masks"] = output["masks"][:, None] * 0.6
+    monkeypatch.setattr(detection, "overlay", lambda *given: calls.append(given))
+    task().tell(lambda images: [output], ["cat", "dog"], image)
+    told = ["   90.0 %  dog at (5, 6, 30, 31)", "   51.0 %  cat at (1, 2, 3, 4)"]
+    assert capsys.readouterr().out.splitlines() == told
+    [(same, masks, boxes, names, kinds)] = calls
+    assert same is image and names == ["dog 90%", "cat 51%"] and [*kinds] == [0, 1]
+    assert torch.equal(masks, output["masks"][:2, 0] > 0) and masks.any(dim=(1, 2)).all()
+    assert torch.equal(boxes, output["boxes"][:2])
+
+
+def test_pycocotools_is_asked_for_at_once(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"^--task detect needs pycocotools: pip install .*\[coco\]"
+    ):
+        task()

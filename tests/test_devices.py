@@ -1,0 +1,190 @@
+"""Where tensors are, without a GPU; no graph breaks; and that tests/on_gpu.py runs.
+
+torch's fake tensors have a device and a shape and no values, so a `cuda:0` of theirs is on every
+machine, and an operation on tensors of two devices fails as it does on a GPU. Autograd's engine
+wants a real device, so these are forward passes, and what looks at values, as Mask R-CNN's heads
+and mixup do, cannot run.
+"""
+
+import json
+
+import on_gpu
+import pytest
+import torch
+import torch.nn as nn
+from conftest import CPU, SMALL
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torchvision.models import vgg
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import mirl
+import tasks.dense
+import train_finetune
+import train_pretrain
+from common.data import normalise_images
+from tasks.classification import score
+from tasks.detection import FeaturePyramid
+from tasks.probe import every_block, knn_scores
+from tasks.segmentation import UperNet, confusion_matrix
+
+CUDA = torch.device("cuda", 0)
+BATCH = 4
+TINY = SMALL | dict(depth=2)
+
+
+@pytest.fixture
+def fake():
+    yield FakeTensorMode()
+    mirl.imagenet_statistics.cache_clear()  # fake tensors must not outlive the mode
+    tasks.dense.square_positions.cache_clear()
+
+
+def on_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The model on the fake device. (`model.to("cuda")` is refused for fake parameters, and what
+    builds a model looks at values: it is built before and comes here outside of the mode.)"""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is not None:
+                    y = mode.from_tensor(x.detach())
+                    with mode:
+                        y = y.to(CUDA)
+                    tensors[name] = nn.Parameter(y) if isinstance(x, nn.Parameter) else y
+    return model
+
+
+def some_images(device=CUDA, size=32):
+    shape = (BATCH, 3, size, size)
+    return normalise_images(torch.zeros(shape, dtype=torch.uint8, device=device))
+
+
+def all_on_cuda(*found):
+    tensors = tree_leaves(found)
+    assert tensors and all(x.device == CUDA for x in tensors)
+
+
+def pyramid_vit():
+    return mirl.build_vit("vit_nano", image_size=64, width=32, heads=2, pool="none")
+
+
+def objectives(extractor=None, **weights):
+    config = mirl.model_config("vit_nano", **TINY, segments=2)
+    return mirl.ExtendedMIRL(config, mirl.Objectives(**weights), extractor)
+
+
+def narrow_vgg():
+    """VGG-16 with a sixteenth of its channels."""
+    widths = [width if width == "M" else width // 16 for width in vgg.cfgs["D"]]
+    return create_feature_extractor(vgg.make_layers(widths).eval(), {"3": "1_2", "8": "2_2"})
+
+
+def task(*flags):
+    """A task as the script makes it; for the CPU, because a fake device has no properties."""
+    args = train_finetune.parse([*flags, "--device", "cpu", "--from", "scratch"])
+    return train_finetune.TASKS[args.task](args, CPU)
+
+
+PRETRAINED = {
+    "mirl": lambda: mirl.build_mirl("vit_nano", **TINY, segments=2),
+    "mae": lambda: mirl.build_mae("vit_nano", **TINY),
+    "dagger and infonce": lambda: objectives(omega=0.5, feature=0.5),
+    "byol": lambda: objectives(feature=0.5, negatives=False),
+}
+
+
+# -- devices --
+
+
+def test_a_mix_of_devices_is_seen(fake):
+    model = on_cuda(mirl.build_vit("vit_nano", **TINY), fake)
+    with fake:
+        with pytest.raises(RuntimeError, match="device"):
+            torch.ones(2, device=CUDA) + torch.ones(2)
+        with pytest.raises(RuntimeError, match="device"):
+            model(some_images("cpu"))
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_pretraining_stays_on_the_device(fake, name):
+    model = on_cuda(PRETRAINED[name](), fake)
+    with fake:
+        images = some_images()
+        out = model(images)
+        all_on_cuda(out, out.reconstruction, out.target, train_pretrain.residual_shares(out))
+        all_on_cuda(mirl.panels(images, out, model.config.patch_size))
+        if out.terms:
+            mirl.update_ema(model.momentum_encoder, model.encoder, 0.9)
+
+
+def test_the_vgg_loss_stays_on_the_device(fake):
+    model = on_cuda(objectives(on_cuda(narrow_vgg(), fake), vgg=1.0), fake)
+    with fake:
+        all_on_cuda(model(some_images()))
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_classification_stays_on_the_device(fake, pool):
+    model = on_cuda(mirl.build_vit("vit_nano", **TINY, pool=pool, num_classes=7), fake)
+    classify = task("--erasing", "0")
+    classify.model(model, 7, None)
+    with fake:
+        images, labels = some_images(), torch.zeros(BATCH, dtype=torch.int64, device=CUDA)
+        all_on_cuda(classify.losses(model, images, labels), score(model(images), labels))
+
+
+def test_nearest_neighbours_stay_on_the_device(fake):
+    vit = on_cuda(mirl.build_vit("vit_nano", **TINY).eval(), fake)
+    with fake, torch.no_grad(), every_block(vit) as model:
+        features = model(some_images())[:, -1]
+        labels = torch.zeros(BATCH, dtype=torch.int64, device=CUDA)
+        all_on_cuda(knn_scores(features, labels, features, 3))
+
+
+@pytest.mark.parametrize("size, slide", [(64, []), (96, []), (96, ["--slide"])])
+def test_segmentation_stays_on_the_device(fake, size, slide):
+    model = on_cuda(UperNet(pyramid_vit(), 5), fake)
+    segment = task("--task", "segment", *slide)
+    with fake, torch.no_grad():
+        images = some_images(size=size)
+        labels = torch.zeros(BATCH, size, size, dtype=torch.uint8, device=CUDA)
+        all_on_cuda(segment.losses(model, images, labels))
+        found = segment.segment(model.eval(), images[0], (size, size))
+        all_on_cuda(found, confusion_matrix(found, labels[0], 5))
+
+
+def test_the_backbone_of_detection_stays_on_the_device(fake):
+    model = on_cuda(FeaturePyramid(pyramid_vit(), 16, torch.float32), fake)
+    with fake:
+        all_on_cuda(model(some_images(size=96)))
+
+
+# -- graph breaks --
+
+COMPILED = {k: PRETRAINED[k] for k in ("mirl", "mae", "dagger and infonce")} | {
+    "vit": lambda: mirl.build_vit("vit_nano", **TINY),
+    "upernet": lambda: UperNet(pyramid_vit(), 5),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_there_are_no_graph_breaks(name):
+    """A break is where torch.compile leaves the graph for Python, and waits for the device."""
+    torch._dynamo.reset()
+    images = some_images("cpu", size=64 if name == "upernet" else 32)
+    torch.compile(COMPILED[name](), backend="eager", fullgraph=True)(images)  # raises at a break
+
+
+# -- the command for whoever has a GPU, which selects tests by two words in their names --
+
+
+def test_the_command_runs_in_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as stop:
+        on_gpu.main(["--only", "steps", "depth", "--out", str(tmp_path)])
+    assert stop.value.code == 0, capsys.readouterr().out
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert "no GPU" in capsys.readouterr().out and "no GPU" in report["device"]
+    steps, depth = report["parts"].values()
+    assert (steps["state"], depth["state"]) == ("ok", "skipped")
+    assert [k.split()[1] for k in steps["results"]] == ["float32", "bfloat16", "float16"]

@@ -1,0 +1,96 @@
+"""How the files hang together: who imports whom, and that mirl.py stands alone."""
+
+import ast
+import functools
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+PATHS = [path for folder in (".", "common", "tasks") for path in ROOT.glob(f"{folder}/*.py")]
+OURS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(PATHS)}
+# what a room may import of ours; a script imports all three rooms, and no script
+ROOMS = dict(mirl=set(), common={"mirl", "common"}, tasks={"mirl", "common", "tasks"})
+PACKAGES = {"torch", "torchvision", "einops", "tqdm", "numpy", "PIL"}
+
+
+def room(module):
+    return module.split(".")[0]
+
+
+@functools.cache
+def imports(module):
+    """What a file of ours imports: {module: whether at its top}."""
+    tree, found = ast.parse(OURS[module].read_text(encoding="utf-8")), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]  # from common import x
+            names = [name for name in inner if name in OURS] or [node.module]
+        else:
+            continue
+        found |= {name: node in tree.body or found.get(name, False) for name in names}
+    return found
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_nothing_imports_upwards(module):
+    rooms = {room(name) for name in imports(module)} & {room(name) for name in OURS}
+    assert rooms <= ROOMS.get(room(module), {*ROOMS})
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_packages_that_few_need_are_imported_where_they_are_used(module):
+    needed = {"torch", "torchvision", "einops"} if module == "mirl" else PACKAGES
+    tops = {room(name) for name, top in imports(module).items() if top}
+    assert tops <= needed | {*ROOMS} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_no_module_imports_itself_by_way_of_others(module):
+    seen, ahead = set(), [module]
+    while ahead:
+        new = {name for name in imports(ahead.pop()) if name in OURS} - seen
+        seen |= new
+        ahead += new
+    assert module not in seen
+
+
+ALONE = """
+import sys
+sys.path.insert(0, ".")
+import mirl, torch, torchvision
+assert not {"common", "tasks"} & sys.modules.keys()
+
+torch.manual_seed(0)
+images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 64)
+model, losses = mirl.build_mirl("vit_nano"), []
+optimizer = torch.optim.AdamW(model.parameters())
+for _ in range(2):
+    out = model(images, noise)
+    losses.append(out.loss.item())
+    out.loss.backward()
+    optimizer.step()
+assert losses[1] < losses[0]
+vit = mirl.build_vit("vit_nano", num_classes=10)
+missing, unused = vit.load_state_dict(model.encoder.state_dict(), strict=False)
+assert {key.split(".")[0] for key in missing + unused} == {"fc_norm", "head", "norm"}
+assert vit(images).shape == (4, 10)
+picture = torchvision.utils.make_grid(mirl.panels(images, out, 4).flatten(0, 1), nrow=5, padding=0)
+torchvision.utils.save_image(picture, "picture.png")
+"""
+
+
+def test_mirl_alone_in_an_empty_folder_trains_and_draws(tmp_path):
+    shutil.copy(ROOT / "mirl.py", tmp_path)
+    command = [sys.executable, "-I", "-c", ALONE]  # -I: without PYTHONPATH
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "picture.png").size == (5 * 32, 4 * 32)

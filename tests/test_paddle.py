@@ -1,0 +1,230 @@
+"""The authors' weight files, in PaddlePaddle's format."""
+
+import argparse
+import builtins
+import dataclasses
+import lzma
+import os
+import pickle
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_checkpoint import perturbed
+
+import mirl
+from common.checkpoint import load_classifier, load_encoder, load_file, load_mirl
+from mirl import UserError
+
+DATA = Path(__file__).parent / "data"
+SAMPLE = mirl.Config(6, 32, 4, image_size=32, patch_size=4)
+
+
+@pytest.fixture
+def sample(tmp_path, monkeypatch):
+    """A fine-tuned model that the authors' code made, and a --model that has its heads."""
+    monkeypatch.setitem(mirl.MODELS, "sample", SAMPLE)
+    path = tmp_path / "finetune_checkpoint-99.pd"
+    path.write_bytes(lzma.decompress((DATA / "finetune_checkpoint-99.pd.xz").read_bytes()))
+    return path
+
+
+def pickled(path, content, protocol):
+    path.write_bytes(pickle.dumps(content, protocol))
+    return str(path)
+
+
+# -- reading the authors' format --
+
+
+def test_the_sample_holds_what_it_is_said_to(sample):
+    expected = np.load(DATA / "finetune_expected.npz")
+    weights = load_file(sample)["model"]
+    names, shapes = expected["names"], [[*map(int, s.split(","))] for s in expected["shapes"]]
+    values = np.split(expected["values"], np.cumsum([np.prod(s) for s in shapes])[:-1])
+    assert list(weights) == list(names) and len(names) == 80
+    for name, shape, value in zip(names, shapes, values, strict=True):
+        value = value.reshape(shape)  # PaddlePaddle's linear weights are (in, out)
+        assert np.array_equal(weights[name].numpy(), value.T if len(shape) == 2 else value), name
+    model = load_classifier(weights, "sample", sample)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(expected["images"]))
+    torch.testing.assert_close(logits, torch.from_numpy(expected["logits"]), rtol=0, atol=1e-5)
+
+
+class Call:
+    """What a pickle makes by calling a function."""
+
+    def __init__(self, function, *args):
+        self.what = function, args
+
+    def __reduce__(self):
+        return self.what
+
+
+def as_tensor(array):
+    """A tensor as PaddlePaddle pickles it."""
+    return Call(tuple, ("parameter_0", array))
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: ("parameter_0", x), as_tensor])
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_arrays_of_every_kind(tmp_path, protocol, form):
+    rng = np.random.default_rng(0)
+    numbers = (3 * rng.standard_normal((5, 3, 2))).astype("f4")
+    kinds = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
+    arrays = {kind: numbers.astype(kind) for kind in kinds}
+    arrays |= dict(fortran=np.asfortranarray(numbers), linear=numbers[:, :, 0].copy())
+    state = OrderedDict((name, form(array)) for name, array in arrays.items())
+    # the upper half of a float32's bits are a bfloat16
+    state["bf16"] = form((numbers.view("u4") >> 16).astype("u2"))
+    state["StructuredToParameterName@@"] = {"f4": "parameter_0"}
+    whole = dict(model=state, epoch=99, args=argparse.Namespace(lr=0.1), scaler=np.float32(2))
+    whole["optimizer"] = [np.zeros(0, "f4"), {"LR_Scheduler": None}]
+    for content in (whole, state):
+        path = tmp_path / "a.pd"
+        raw = pickle.dumps(content, protocol)
+        if protocol < 4:  # text that older versions of numpy wrote
+            raw = raw.replace(b"numpy._core", b"numpy.core")
+        path.write_bytes(raw)
+        found = load_file(path)["model"]
+        assert found.keys() == arrays.keys() | {"bf16"}
+        for name, array in arrays.items():
+            expected = torch.from_numpy(np.ascontiguousarray(array.T if array.ndim == 2 else array))
+            assert found[name].dtype == expected.dtype and torch.equal(found[name], expected), name
+        assert found["bf16"].dtype == torch.bfloat16
+        torch.testing.assert_close(
+            found["bf16"].float(), torch.from_numpy(numbers), rtol=0.01, atol=0
+        )
+
+
+def test_large_tensors_come_in_slices(tmp_path):
+    whole = np.arange(12, dtype="f4").reshape(3, 4)
+    pieces = {"w@@.0": whole.ravel()[:5], "w@@.1": whole.ravel()[5:]}
+    info = {"w": {"OriginShape": (3, 4), "slices": list(pieces)}}
+    state = pieces | {"b": np.ones(2, "f4"), "UnpackBigParamInfor@@": info}
+    found = load_file(pickled(tmp_path / "a.pd", state, 2))["model"]
+    assert found.keys() == {"w", "b"} and torch.equal(found["w"], torch.from_numpy(whole).T)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_no_pickle_runs_anything(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
+    np.save("array.npy", np.ones(2))
+    cases = {
+        "system": Call(os.system, "touch ran"),
+        r"(builtins|__builtin__)\.eval": Call(builtins.eval, "open('ran', 'w')"),
+        r"numpy.*\bload": Call(np.load, "array.npy"),
+        r"numpy.*\bmemmap": Call(np.memmap, "ran", "u1", "w+", 0, (4,)),
+        r"\.getattr": Call(getattr, "", "join"),
+        r"torch\.": torch.ones(2),
+    }
+    for name, hostile in cases.items():
+        for content in (hostile, dict(model={"a": np.ones(2), "b": hostile})):
+            path = pickled(tmp_path / "a.pd", content, protocol)
+            with pytest.raises(UserError, match=rf"a.pd is not .* read safely \(it names .*{name}"):
+                load_file(path)
+    assert not Path("ran").exists()
+
+
+def test_what_else_is_no_such_file(tmp_path, sample):
+    raw = sample.read_bytes()
+    array = np.arange(6, dtype="f4").reshape(2, 3)
+    whole = pickle.dumps({"a": array}, 2)
+    wrong = dict(
+        cut=raw[: len(raw) // 2],
+        last=raw[:-1],
+        first=raw[:2],
+        one=raw[:1],
+        empty=b"",
+        persistent=b"\x80\x02Pelsewhere\n.",
+        shape=whole.replace(b"K\x02K\x03\x86", b"K\x02K\x04\x86"),
+        big_endian=pickle.dumps({"a": array.astype(">f4")}, 2),
+        objects=pickle.dumps({"a": np.array([None])}, 2),
+        slices=pickle.dumps({"UnpackBigParamInfor@@": {"a": {"slices": ["b"]}}}, 2),
+    )
+    assert wrong["shape"] != whole
+    for name, content in wrong.items():
+        (tmp_path / f"{name}.pd").write_bytes(content)
+        message = rf"{name}.pd is not a checkpoint .* read safely \(.+\)"
+        with pytest.raises(UserError, match=message):
+            load_file(tmp_path / f"{name}.pd")
+    with pytest.raises(UserError, match="it holds a list"):
+        load_file(pickled(tmp_path / "list.pd", [array], 4))
+
+
+# -- pre-trained models --
+
+
+def authors_file(path, model, **more):
+    """A MIRL model under the authors' names, in their layout."""
+    state = model.encoder.state_dict()
+    parts = {"norm_low": model.input_norm, "decoder_embed0_1": model.input_embed}
+    parts |= {f"norm{k}": norm for k, norm in enumerate(model.segment_norms)}
+    parts |= {f"decoder_embed{k}": embed for k, embed in enumerate(model.segment_embeds)}
+    for k, decoder in enumerate(model.decoders):
+        state[f"mask_token{k}"] = decoder.mask_token
+        state[f"decoder_pos_embed{k}"] = decoder.pos_embed
+        for i, block in enumerate(decoder.blocks):
+            own = dict(norm1=block.norm1, norm2=block.norm_x, norm3=block.norm_y, norm4=block.norm2)
+            own |= dict(attn=block.attn, cross_attn=block.cross_attn, mlp=block.mlp)
+            parts |= {f"decoder_blocks{k}.{i}.{name}": part for name, part in own.items()}
+        parts[f"decoder_norm{k}"] = decoder.norm
+        state[f"decoder_pred{k}.bias"] = decoder.head.bias
+        if model.config.weight_norm:
+            weight = decoder.head.parametrizations.weight
+            state[f"decoder_pred{k}.weight_g"] = weight.original0[0]
+            state[f"decoder_pred{k}.weight_v"] = weight.original1
+        else:
+            state[f"decoder_pred{k}.weight"] = decoder.head.weight
+    for name, part in parts.items():
+        state |= {f"{name}.{key}": x for key, x in part.named_parameters()}
+    # their linear weights, the only ones of two dimensions, are (in, out)
+    arrays = {name: x.detach().numpy() for name, x in state.items()}
+    arrays = {name: x.T.copy() if x.ndim == 2 else x for name, x in arrays.items()}
+    return pickled(path, dict(model=arrays | more, epoch=799), 4)
+
+
+@pytest.mark.parametrize("weight_norm", [True, False])
+@pytest.mark.parametrize("name", ["vit_pico_12", "vit_nano", "vit_pico_48"])
+def test_a_pre_trained_model_of_the_authors_has_its_loss(tmp_path, name, weight_norm):
+    fields = dict(weight_norm=weight_norm, decoder_depth=2, image_size=16)
+    model = perturbed(mirl.build_mirl(name, **fields)).eval()
+    path = authors_file(tmp_path / "checkpoint-799.pd", model)
+    loaded = load_mirl(path).eval()
+    assert loaded.config == model.config
+    images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    with torch.no_grad():
+        expected, found = (m(images, noise).losses for m in (model, loaded))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    vit = mirl.build_vit(name, image_size=16, pool="none")
+    assert load_encoder(vit, path) == []
+    with torch.no_grad():
+        torch.testing.assert_close(vit(images), model.encoder(images))
+
+
+def test_heads_of_a_model_that_is_not_in_the_table(tmp_path):
+    fields = dict(depth=4, heads=4, decoder_heads=4, decoder_depth=2, segments=2)
+    model = perturbed(mirl.build_mirl("vit_nano", **fields))
+    path = authors_file(tmp_path / "a.pd", model)
+    message = r"4 blocks of width 96 in 2 segments.*: give heads and deco"
+    with pytest.raises(UserError, match=message):
+        load_mirl(path)
+    loaded = load_mirl(path, heads=4, decoder_heads=4, mask_ratio=0.5)
+    assert loaded.config == dataclasses.replace(model.config, mask_ratio=0.5)
+
+
+def test_names_that_do_not_fit_are_listed(tmp_path):
+    model = mirl.build_mirl("vit_nano")
+    wrong = {"decoder_gate0": np.ones(2), "cls_token": np.ones((1, 1, 5))}
+    for load in (load_mirl, partial(load_encoder, mirl.build_vit("vit_nano"))):
+        message = r"does not fit .*cls_token is \(1, 1, 5\) in it, \(1, 1, 96\) in the model"
+        with pytest.raises(UserError, match=message):
+            load(authors_file(tmp_path / "a.pd", model, **wrong))
+    with pytest.raises(UserError, match=r"model: encoder.decoder_gate0 is \(2,\) in it, missing"):
+        load_mirl(authors_file(tmp_path / "a.pd", model, decoder_gate0=np.ones(2)))
+    with pytest.raises(UserError, match=r"encoder.norm.bias is missing in it, \(96,\) in the mod"):
+        load_mirl(authors_file(tmp_path / "a.pd", model, **{"norm.bias": None}))

@@ -1,0 +1,380 @@
+"""Segmentation: ADE20K's layout, UperNet and its loss, windows, and mIoU against loops."""
+
+import math
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import CPU, ade
+from PIL import Image
+from test_dense import loader, noise, vit
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as TF
+
+import mirl
+from common.data import normalise_images
+from mirl import UserError
+from tasks import segmentation as seg
+from tasks.segmentation import Segmentation, load_ade20k, segment_transform
+
+
+def task(slide=False):
+    return Segmentation(Namespace(dtype="fp32", slide=slide), CPU)
+
+
+def answers(forward, size):
+    """A model that is a function, of an encoder for images of this size."""
+    model = nn.Module()
+    model.forward, model.config = forward, mirl.model_config("vit_nano", image_size=size)
+    return model
+
+
+# -- ADE20K's layout --
+
+
+def test_ade20k(tmp_path):
+    data = load_ade20k(ade(tmp_path), "val")
+    assert len(data) == 3 and data.classes[0] == "kind 1" and len(data.classes) == 150
+    image, labels = data.read(1)
+    file = tmp_path / "annotations" / "validation" / "ADE_val_00000001.png"
+    assert image.shape == (3, 30, 40) and isinstance(labels, tv_tensors.Mask)
+    for got, kept in zip(labels.flatten(), np.array(Image.open(file)).flatten(), strict=True):
+        assert got == (255 if kept == 0 else kept - 1)
+    (tmp_path / "objectInfo150.txt").unlink()
+    assert len(load_ade20k(tmp_path, "val").classes) == 150
+    two = data.select(torch.tensor([2, 0]))
+    assert torch.equal(two.read(0)[1], data.read(2)[1]) and two.digest() != data.digest()
+    assert load_ade20k(tmp_path, "train").digest() != data.digest()
+
+
+def test_labels_outside_the_range_are_named(tmp_path):
+    (ade(tmp_path) / "classes.txt").write_text("one\ntwo\n")
+    data = load_ade20k(tmp_path, "train")
+    file = tmp_path / "annotations" / "training" / "ADE_train_00000000.png"
+    Image.fromarray(np.array([[0, 1, 2, 255]] * 30, np.uint8).repeat(10, axis=1)).save(file)
+    assert data.read(0)[1].unique().tolist() == [0, 1, 255]
+    with pytest.raises(UserError, match=r"00000001\.png has the label .*the classes are 1 to 2"):
+        data.read(1)
+    for image in (Image.new("L", (7, 5)), Image.new("RGB", (40, 30))):
+        image.save(file)
+        with pytest.raises(UserError, match=r"0\.png is no map of one label for each pixel"):
+            data.read(0)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("images", "images/training holds no images"),
+        ("annotations/training/ADE_train_00000001.png", r"no annotation .*_00000001.* for an im"),
+        ("images/training/ADE_train_00000002.jpg", r"has no image .*_00000002.* for an annotation"),
+        (None, "must name 1 to 254 classes"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, missing, message):
+    root = ade(tmp_path / "data")
+    if missing:
+        (root / missing).rename(tmp_path / "elsewhere")
+    else:
+        (root / "classes.txt").write_text("x\n" * 255)
+    with pytest.raises(UserError, match=message):
+        load_ade20k(root, "train")
+
+
+# -- transforms --
+
+
+def marked(h, w):
+    """An image whose pixels differ, and labels that say which of its pixels are bright."""
+    image = torch.rand(1, h // 16, w // 16, generator=torch.Generator().manual_seed(0)) > 0.5
+    image = image.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    labels = tv_tensors.Mask(image[0].to(torch.uint8))
+    return tv_tensors.Image(image.expand(3, h, w) * torch.tensor(200, dtype=torch.uint8)), labels
+
+
+@pytest.mark.parametrize(
+    ("size", "h", "w"), [(96, 160, 240), (96, 96, 96), (64, 64, 64), (64, 32, 80)]
+)
+def test_transforms_move_image_and_labels_alike(size, h, w):
+    torch.manual_seed(0)
+    transform, sides = segment_transform(size, True), set()
+    for _ in range(20):
+        image, labels = transform(*marked(h, w))
+        assert image.shape == (3, size, size) and labels.shape == (size, size)
+        assert image.dtype == labels.dtype == torch.uint8
+        known = labels != 255
+        bright = image.float().mean(dim=0) > image.float().mean(dim=0)[known].mean()
+        assert (bright == (labels == 1))[known].float().mean() > 0.85
+        sides.add(int(known.sum()))
+    assert (len(sides) > 1) == (size > 64)  # scales differ, but for small images
+    image, labels = segment_transform(size, False)(*marked(h, w))
+    assert min(image.shape[1:]) == size and labels.shape == (h, w)
+
+
+def test_scales_are_spread_from_a_half_to_two():
+    torch.manual_seed(0)
+    scale = segment_transform(100, True).transforms[0]
+    image, labels = tv_tensors.Image(torch.zeros(3, 20, 30)), tv_tensors.Mask(torch.zeros(20, 30))
+    sides = torch.tensor([min(scale(image, labels)[0].shape[1:]) for _ in range(300)]).float()
+    assert 50 <= sides.min() < 60 and 190 < sides.max() <= 200 and abs(sides.mean() - 125) < 8
+
+
+def test_a_crop_is_drawn_anew_while_one_class_covers_too_much():
+    """One class but for a corner: a single draw hits the corner seldom, eleven often."""
+    torch.manual_seed(0)
+    labels = torch.zeros(100, 100, dtype=torch.uint8)
+    labels[:40, :40] = 1
+    labels[60:, 60:] = 255  # counts for nothing
+    image, labels = tv_tensors.Image(labels.expand(3, 100, 100)), tv_tensors.Mask(labels)
+    crop = seg.VariedCrop(40)
+
+    def varied(labels):
+        counts = torch.bincount(labels.flatten().long(), minlength=256)[:255]
+        return bool(counts.max() <= 0.75 * counts.sum())
+
+    often = sum(varied(crop(image, labels)[1]) for _ in range(200)) / 200
+    once = sum(varied(labels[t : t + 40, l : l + 40]) for t in range(61) for l in range(61)) / 61**2
+    assert once < 0.3 and abs(often - (1 - (1 - once) ** 11)) < 0.1
+
+
+def test_missing_pixels_are_ignored_and_of_the_mean_colour():
+    image = tv_tensors.Image(torch.full((3, 20, 50), 9, dtype=torch.uint8))
+    image, labels = seg.VariedCrop(40)(image, tv_tensors.Mask(torch.ones_like(image[0])))
+    missing = labels == 255
+    assert missing.sum() == 20 * 40 and (image[:, ~missing] == 9).all()
+    assert normalise_images(image)[:, missing].abs().max() < 0.02
+
+
+# -- the model --
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("vit_s", 41.31), ("vit_b", 162.499628), ("vit_b_24", 247.55), ("vit_b_48", 417.66)],
+)
+def test_parameters_of_the_papers_models(name, millions):
+    with torch.device("meta"):
+        model = seg.UperNet(mirl.build_vit(name, pool="none"), 150)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert round(count, 6 if name == "vit_b" else 2) == millions
+
+
+def test_the_head_is_as_wide_as_the_flag_says():
+    for given, width in ((None, 32), (8, 8)):
+        model = task().model(vit(), 5, given)
+        assert model.head[1].weight.shape == (5, width, 1, 1) == model.aux[2].weight.shape
+
+
+def test_upernet_equals_transformers():
+    upernet = pytest.importorskip(
+        "transformers.models.upernet.modeling_upernet", exc_type=ImportError
+    )
+    model = seg.UperNet(vit(), 7, width=24)
+    config = upernet.UperNetConfig(
+        backbone_config=dict(model_type="resnet"), hidden_size=24, num_labels=7,
+        auxiliary_channels=24, auxiliary_in_channels=None,
+    )  # fmt: skip
+    head = upernet.UperNetHead(config, [32] * 4)
+    aux = upernet.UperNetFCNHead(config, [32] * 4)
+
+    def layers(*parts):
+        parts = [part for whole in parts for part in whole.modules()]
+        return [part for part in parts if isinstance(part, (nn.Conv2d, nn.BatchNorm2d))]
+
+    decoder = (model.pools, model.top, model.laterals, model.smooth, model.fuse, model.head)
+    theirs = (head.psp_modules, head.bottleneck, head.lateral_convs, head.fpn_convs)
+    theirs += (head.fpn_bottleneck, head.classifier, aux)
+    for a, b in zip(layers(*decoder, model.aux), layers(*theirs), strict=True):
+        if isinstance(a, nn.BatchNorm2d):
+            nn.init.uniform_(a.weight, 0.5, 1.5)
+            nn.init.uniform_(a.running_mean)
+        b.load_state_dict(a.state_dict())
+    for part in model.modules():
+        if isinstance(part, nn.Dropout2d):
+            part.p = 0.0
+
+    images = noise(2, 3, 96, 64)
+    for training in (True, False):
+        for part in (model, head, aux):
+            part.train(training)
+        maps = model.pyramid(images)
+        expected = [
+            F.interpolate(x, (96, 64), mode="bilinear", align_corners=False)
+            for x in (head(maps), aux(maps))
+        ]
+        out = model(images)
+        ours = [out["out"], out["aux"]] if training else [out]
+        for a, b in zip(ours, expected):
+            assert a.shape == (2, 7, 96, 64)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_in_loops():
+    """Ignored pixels count as 0; one of the images has no other."""
+    out = dict(out=noise(3, 4, 3, 5), aux=noise(3, 4, 3, 5, seed=1))
+    labels = torch.randint(4, (3, 3, 5), generator=torch.Generator().manual_seed(2))
+    labels[0, 1, :3] = labels[2] = 255
+    sums = dict(out=0.0, aux=0.0)
+    for name, logits in out.items():
+        for b, i, j in (labels != 255).nonzero().tolist():
+            p = logits[b, :, i, j].softmax(dim=0)[labels[b, i, j]]
+            sums[name] -= p.log().item() / (3 * 3 * 5)
+    expected = pytest.approx(sums["out"] + 0.4 * sums["aux"], rel=1e-5)
+    assert seg.segmentation_loss(out, labels).item() == expected
+    assert task().losses(lambda _: out, None, labels.byte())["loss"].item() == expected
+    assert seg.segmentation_loss(out, torch.full_like(labels, 255)) == 0
+
+
+def test_a_step_reads_nothing_from_the_device():
+    """Tensors of the meta device have no values: whatever would wait for a GPU fails there."""
+    model = seg.UperNet(vit(), 5, width=16).to("meta")
+    images = torch.zeros(2, 3, 96, 64, device="meta")
+    labels = torch.zeros(2, 96, 64, dtype=torch.int64, device="meta")
+    seg.segmentation_loss(model(images), labels).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# -- windows --
+
+
+def local(images):
+    """A model of patches of 4: what it says of a pixel follows from its patch alone, and the place
+    of the patch in what the model sees."""
+    pooled = F.avg_pool2d(images, 4)
+    place = torch.linspace(0, 1, pooled.shape[3])
+    logits = torch.stack([pooled.sum(1), pooled[:, 0] * place, pooled[:, 1].square()], dim=1)
+    return logits.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def test_an_image_of_one_window_is_seen_whole():
+    images = noise(2, 3, 32, 32)
+    torch.testing.assert_close(seg.slide_inference(local, images, 32, 16), local(images))
+    smaller = images[:, :, :21, :27]
+    padded = local(F.pad(smaller, (0, 5, 0, 11)))[:, :, :21, :27]
+    torch.testing.assert_close(seg.slide_inference(local, smaller, 32, 16), padded)
+    torch.testing.assert_close(seg.whole_inference(local, smaller), padded)
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "stride"), [(32, 80, 21), (41, 71, 21), (65, 32, 16), (96, 64, 32)]
+)
+def test_windows_by_loops(h, w, stride):
+    images, size = noise(2, 3, h, w), 32
+
+    def windows(length):
+        count = math.ceil(max(length - size, 0) / stride) + 1
+        return [min(i * stride, length - size) for i in range(count)]
+
+    sums, counts = torch.zeros(2, 3, h, w), torch.zeros(h, w)
+    for y in windows(h):
+        for x in windows(w):
+            rows, columns = slice(y, y + size), slice(x, x + size)
+            sums[:, :, rows, columns] += local(images[:, :, rows, columns])
+            counts[rows, columns] += 1
+    assert counts.min() == 1 and windows(h)[-1] + size == h
+    torch.testing.assert_close(seg.slide_inference(local, images, size, stride), sums / counts)
+
+
+def test_the_windows_of_the_paper():
+    """Of an image of 683 × 1000 at 512: 512 a side, 341 apart."""
+    seen = []
+
+    def model(images):
+        seen.append((images.shape[2:], *images[0, :2, 0, 0].tolist()))
+        return images[:, :2]
+
+    places = torch.meshgrid(torch.arange(683.0), torch.arange(1000.0), indexing="ij")
+    image = torch.stack([*places, places[0]])
+    with torch.no_grad():
+        task(slide=True).segment(answers(model, 512), image, (683, 1000))
+        whole = task().segment(answers(lambda x: x[:, :2], 512), image, (68, 100))
+    assert seen == [((512, 512), y, x) for y in (0, 171) for x in (0, 341, 488)]
+    assert whole.shape == (68, 100) and whole.float().mean() > 0.5  # class 1 where x > y
+
+
+# -- measures --
+
+
+def test_scores_by_loops():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randint(6, (2, 9, 7), generator=g).to(torch.uint8)
+    truth[truth == 5] = 255
+    truth[truth == 3] = 0  # class 3 is predicted alone
+    guess = torch.randint(5, (2, 9, 7), generator=g)
+    guess[guess == 4] = 1  # and class 4 is in the labels alone
+    pairs = zip(truth.flatten().tolist(), guess.flatten().tolist(), strict=True)
+    pairs = [(t, p) for t, p in pairs if t != 255]
+    ious, accuracies = [], []
+    for c in range(7):  # classes 5 and 6 are nowhere
+        both = sum(t == p == c for t, p in pairs)
+        either = sum(c in (t, p) for t, p in pairs)
+        own = sum(t == c for t, _ in pairs)
+        ious += [both / either] if either else []
+        accuracies += [both / own] if own else []
+    matrix = seg.confusion_matrix(guess, truth, 7)
+    assert matrix.dtype == torch.int64 and matrix.sum() == len(pairs)
+    assert matrix[4, 1] == sum(pair == (4, 1) for pair in pairs) > 0  # rows are the labels
+    scores = seg.segmentation_scores(matrix)
+    assert len(ious) == 5 and len(accuracies) == 4
+    assert scores["miou"] == pytest.approx(100 * sum(ious) / 5)
+    assert scores["macc"] == pytest.approx(100 * sum(accuracies) / 4)
+    assert scores["aacc"] == pytest.approx(100 * sum(t == p for t, p in pairs) / len(pairs))
+
+
+def bright(images):
+    """Class 1 where an image is brighter than the mean, else class 0."""
+    mean = images.mean(dim=1, keepdim=True)
+    return torch.cat([-mean, mean, mean - 99], dim=1)
+
+
+def two_sizes(root):
+    """Three images of two sizes, which come as lists, and labels that are what `bright` sees but
+    for an eighth of the first and half of the others."""
+    for folder in ("images", "annotations"):
+        (root / folder / "validation").mkdir(parents=True)
+    for i, (h, w) in enumerate(((48, 96), (96, 48), (96, 48))):
+        image, labels = marked(h, w)
+        TF.to_pil_image(image).save(root / "images" / "validation" / f"{i}.png")
+        labels = labels + 1
+        labels[: h // (2 if i else 8)] = 3
+        TF.to_pil_image(labels).save(root / "annotations" / "validation" / f"{i}.png")
+    (root / "classes.txt").write_text("dark\nbright\nnever\n")
+    return load_ade20k(root, "val")
+
+
+@pytest.mark.parametrize("slide", [False, True])
+def test_scores_are_at_the_size_of_the_labels(tmp_path, slide):
+    data = two_sizes(tmp_path)
+    images, model = loader(data, segment_transform(48, False)), answers(bright, 48)
+    model.train()
+    inverse = answers(lambda images: bright(-images), 48)
+    right, wrong = task(slide=slide).evaluate([model, inverse], images)
+    assert not model.training
+    assert right["aacc"] == pytest.approx(100 * (7 / 8 + 1 / 2 + 1 / 2) / 3)
+    assert right["macc"] == pytest.approx(200 / 3) and wrong["aacc"] == 0
+
+
+def test_an_image_that_cannot_be_read_counts_for_nothing(tmp_path):
+    data = two_sizes(tmp_path)
+    (tmp_path / "images" / "validation" / "0.png").write_bytes(b"no image")
+    images = loader(data, segment_transform(48, False), keep_labels=False)
+    [scores] = task().evaluate([answers(bright, 48)], images)
+    assert scores["aacc"] == pytest.approx(50)
+
+
+def test_what_is_seen_is_told_and_drawn(capsys, monkeypatch):
+    """At the image's own size, whatever the model's is; a name at a pixel of its class."""
+    image = torch.zeros(3, 96, 192, dtype=torch.uint8)
+    image[:, :, 48:] = 255
+    calls = []
+    monkeypatch.setattr(seg, "overlay", lambda *given: calls.append(given))
+    with torch.no_grad():
+        task().tell(answers(bright, 48), ["dark", "bright", "never"], image)
+    assert capsys.readouterr().out.splitlines() == ["   25.0 %  dark", "   75.0 %  bright"]
+    [(same, masks, boxes, names, kinds, lines)] = calls
+    assert same is image and names == ["dark", "bright"] and (kinds, lines) == ([0, 1], "white")
+    assert torch.equal(masks[1], image[0] == 255) and torch.equal(masks[0], image[0] == 0)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        assert mask[top, left] and (right, bottom) == (left + 1, top + 1)
