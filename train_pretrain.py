@@ -187,10 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             sampler.set_epoch(epoch)
             model.train()
             log.start_epoch(epoch + 1)
-            given = batches(loader, device)
-            if isinstance(data.images, Tensor):
-                given = in_memory_batches(data, sampler, size, config.image_hw, device)
-            for i, (images, _) in enumerate(log.timed(given), start=1):
+            for i, (images, _) in enumerate(log.timed(batches(loader, device)), start=1):
                 # a step is `accumulation` micro-batches; processes average gradients in its last
                 wrapped.require_backward_grad_sync = last = i % accumulation == 0
                 with autocast(device, dtype):
@@ -313,64 +310,6 @@ def gradient_norms(vit: mirl.ViT) -> dict[str, Tensor]:
         return nn.utils.get_total_norm([block.get_submodule(n).weight.grad for n in names])
 
     return {k: torch.stack([norm(b, names) for b in vit.blocks]) for k, names in kinds.items()}
-
-
-# ------------------------------------------------------------------------------------------------
-# Crops of images in memory
-# ------------------------------------------------------------------------------------------------
-
-CROP_SCALE = (0.2, 1.0)
-
-
-def in_memory_batches(data, sampler, size, image_hw, device):
-    """The same as `batches`, with the crops of a whole batch made at once, on the GPU if any."""
-    images = data.images.to(device if device.type == "cuda" else "cpu")
-    order = torch.tensor([i for _, i in sampler]).view(-1, size)
-    for indices in order.to(images.device):
-        crops = random_crops(images[indices], image_hw)
-        yield normalise_images(crops.to(device)), None
-
-
-def random_crops(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip, for a batch on its device.
-
-    images: uint8 (B, C, H, W), which it enlarges rather than shrinks: nothing is antialiased.
-    Returns float32 (B, C, *size) in 0..255.
-    """
-    (B, C, H, W), device = images.shape, images.device
-    top, left, height, width = random_boxes(B, H, W, device).unbind(dim=1)  # (B,) each
-    flip = 1 - 2 * torch.randint(2, (B,), device=device)  # −1 or 1
-    # output coordinates, −1 to 1 over the crop, to input coordinates, −1 to 1 over the image
-    zero = torch.zeros(B, device=device)
-    x = torch.stack([flip * width / W, zero, (2 * left + width) / W - 1], dim=1)  # (B, 3)
-    y = torch.stack([zero, height / H, (2 * top + height) / H - 1], dim=1)
-    grid = F.affine_grid(torch.stack([x, y], dim=1), [B, C, *size], align_corners=False)
-    crops = F.grid_sample(
-        images.float(), grid, mode="bicubic", padding_mode="border", align_corners=False
-    )
-    return crops.clamp(0, 255)
-
-
-def random_boxes(n: int, height: int, width: int, device: torch.device) -> Tensor:
-    """The boxes of torchvision's RandomResizedCrop for n images at once: top, left, height and
-    width, float (n, 4).
-
-    Each image draws ten times an area share in CROP_SCALE and an aspect ratio in [3/4, 4/3]
-    (log-uniform). The first that fits is used; the whole image where none does.
-    """
-    low, high = CROP_SCALE
-    u, v = torch.rand(2, n, 10, device=device)
-    area = height * width * (low + (high - low) * u)
-    ratio = ((2 * v - 1) * math.log(4 / 3)).exp()
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)  # (n, 10)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    found = fits.any(dim=1)
-    h = torch.where(found, h.gather(1, first)[:, 0], height)  # (n,)
-    w = torch.where(found, w.gather(1, first)[:, 0], width)
-    top, left = torch.rand(2, n, device=device)
-    top, left = (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor()
-    return torch.stack([top, left, h, w], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------

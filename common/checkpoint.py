@@ -171,9 +171,8 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
 
     The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, the authors', or
     a state dict with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it
-    are left out. The head, and the norm before it, are taken where they fit. Sin-cos positions of
-    another grid are made anew, learned ones resized. truncated: the file may have fewer blocks than
-    the ViT [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
+    are left out. The head, and the norm before it, are taken where they fit; positions of another
+    grid are resized. truncated: the file may have fewer blocks than the ViT [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
     """
     saved = load_file(path)
     weights = named_tensors(saved)
@@ -207,12 +206,9 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
 
 
 def fit_positions(table: Tensor, grid: tuple[int, int] | None, config: Config) -> Tensor:
-    """A position table (1, 1+n, D) of `grid`, None for a square one, for the grid of `config`.
-
-    The sin-cos table is made anew, a learned one resized (bicubic). Raises UserError where n is no
-    square.
-    """
-    n, width = table.shape[1] - 1, table.shape[2]
+    """A position table (1, 1+n, D) of `grid`, None for a square one, resized to the grid of
+    `config`. Raises UserError where n is no square."""
+    n = table.shape[1] - 1
     if grid is None:
         grid = config.grid if n == config.num_patches else (math.isqrt(n), math.isqrt(n))
     if grid == config.grid:
@@ -221,9 +217,7 @@ def fit_positions(table: Tensor, grid: tuple[int, int] | None, config: Config) -
         math.prod(grid) == n,
         f"--from holds {n} positions, which are no square grid to be resized",
     )
-    if width % 4 == 0 and torch.allclose(table, mirl.sincos_positions(width, grid), atol=1e-4):
-        return mirl.sincos_positions(width, config.grid)
-    say(f"learned positions resized from {grid} to {config.grid} patches")
+    say(f"positions resized from {grid} to {config.grid} patches")
     return mirl.resize_positions(table, grid, config.grid)
 
 

@@ -17,7 +17,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common.distributed import rank_zero_first
 from common.shapes import SHAPES, make_scenes
-from mirl import ViT, patchify, require, resize_positions, sincos_positions
+from mirl import ViT, patchify, require, resize_positions
 
 SCENES = dict(train=(512, 2), val=(256, 3))  # images and seed
 
@@ -60,19 +60,9 @@ class Pyramid(nn.Module):
         self.rescale = nn.ModuleList(nn.MaxPool2d(s) if isinstance(s, int) else s for s in scales)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table of a grid, (1, 1+N, D): sin-cos ones anew, learned ones resized.
-
-        Which of them the model has is decided on the device, which a step must not wait for.
-        """
+        """The position table of a grid, (1, 1+N, D): the model's own, or that resized."""
         own, table = self.vit.config.grid, self.vit.pos_embed
-        if grid == own:
-            return table
-        side = 32 * math.ceil(max(*grid, *own) / 32)  # few tables serve all sizes
-        square = square_positions(table.shape[2], side, table.device).to(table.dtype)
-        old, new = (square[:h, :w].flatten(0, 1) for h, w in (own, grid))  # (N, D) each
-        fixed = torch.isclose(table[0, 1:], old, atol=1e-4).all()
-        new = F.pad(new, (0, 0, 1, 0))[None]  # (1, 1+N, D), with a zero row for the class token
-        return torch.where(fixed, new, resize_positions(table, own, grid))
+        return table if grid == own else resize_positions(table, own, grid)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         P, (H, W) = self.vit.config.patch_size, images.shape[2:]
@@ -91,13 +81,6 @@ class Pyramid(nn.Module):
             if k in self.ends:
                 maps.append(rearrange(x[:, 1:], "b (h w) d -> b d h w", h=h))
         return [rescale(x) for rescale, x in zip(self.rescale, maps)]
-
-
-@functools.lru_cache(maxsize=4)
-def square_positions(width: int, side: int, device: torch.device) -> Tensor:
-    """The sin-cos table of a side × side grid, (side, side, width), made once: a copy to a device
-    would wait for it. Any smaller grid's is its top-left corner."""
-    return sincos_positions(width, (side, side))[0, 1:].unflatten(0, (side, side)).to(device)
 
 
 # (B, D, h, w) and a size -> (B, D, *size)
