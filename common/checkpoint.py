@@ -172,7 +172,8 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
     The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, the authors', or
     a state dict with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it
     are left out. The head, and the norm before it, are taken where they fit; positions of another
-    grid are resized. truncated: the file may have fewer blocks than the ViT [S E]. Raises UserError where anything else does not fit; the ViT is then unchanged.
+    grid are resized. truncated: the file may have fewer blocks than the ViT [S E]. Raises UserError
+    where anything else does not fit; the ViT is then unchanged.
     """
     saved = load_file(path)
     weights = named_tensors(saved)

@@ -37,7 +37,6 @@ TINY = SMALL | dict(depth=2)
 def fake():
     yield FakeTensorMode()
     mirl.imagenet_statistics.cache_clear()  # fake tensors must not outlive the mode
-    tasks.dense.square_positions.cache_clear()
 
 
 def on_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
