@@ -206,7 +206,7 @@ TOGETHER = {  # several at a time, the longest first
 }
 ALONE = {  # then one by one, the most telling first
     "pretrain": (120, partial(speed, "pretrain", 128)),
-    "pretrain-compiled": (200, partial(speed, "pretrain", 128, "vit_b", "vit_b_24", compile=True)),
+    "pretrain-compiled": (180, partial(speed, "pretrain", 128, "vit_b", compile=True)),
     "infer": (90, partial(speed, "infer", 256)),
     "infer-compiled": (120, partial(speed, "infer", 256, "vit_s", "vit_b", compile=True)),
     "finetune": (120, partial(speed, "finetune", 128)),
@@ -303,11 +303,12 @@ def main(argv: list[str] | None = None) -> None:
     report = dict(device=device, gpus=gpus, torch=torch.__version__, parts={})
     print(f"{device}; torch {torch.__version__}; {out / 'results.json'}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "2")  # of a part
-    at_once = max(1, min(8, os.cpu_count() // 2 if gpus else os.cpu_count()))
+    cores = os.cpu_count()
+    at_once = max(1, min(8, cores // 2 if gpus else cores))
     half = args.minutes / 2 if ALONE.keys() & set(args.only) else args.minutes
     for parts, jobs, minutes in ((TOGETHER, at_once, half), (ALONE, 1, args.minutes)):
         names = [name for name in parts if name in args.only]
+        os.environ["OMP_NUM_THREADS"] = str(cores // jobs)  # of a part
         for name, part in run(names, jobs, begun + 60 * minutes, out, gpus):
             report["parts"][name] = part
             (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -19,7 +19,6 @@ from torchvision.models import vgg
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import mirl
-import tasks.dense
 import train_finetune
 import train_pretrain
 from common.data import normalise_images

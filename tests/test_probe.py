@@ -64,13 +64,15 @@ def test_linear_by_hand():
     linear, mean, var = torch.nn.Linear(3, 2), torch.zeros(3), torch.ones(3)
     optimizer = torch.optim.Adam(linear.parameters())
     for step in range(1000):
-        order = torch.randperm(600) if step % 2 == 0 else order[256:]
-        batch = x[order[:256]]
+        if step % 2 == 0:
+            order = torch.randperm(600)
+        now = order[256 * (step % 2) :][:256]
+        batch = x[now]
         m, v = batch.mean(dim=0), batch.var(dim=0)
         mean, var = 0.9 * mean + 0.1 * m, 0.9 * var + 0.1 * v
         logits = linear((batch - m) / (v * 255 / 256 + 1e-6).sqrt())
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels[order[:256]]).backward()
+        F.cross_entropy(logits, labels[now]).backward()
         optimizer.param_groups[0]["lr"] = 0.005 * (1 + math.cos(math.pi * step / 1000))
         optimizer.step()
     expected = linear((queries - mean) / (var + 1e-6).sqrt())
