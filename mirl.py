@@ -726,9 +726,10 @@ def gather_batch(x: Tensor) -> tuple[Tensor, int]:
     """x (B, …) of all processes as one (processes · B, …), without gradient, and the own rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return x, 0
-    everyone = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(everyone, x.contiguous())
-    return everyone, dist.get_rank()
+    x = x.contiguous()
+    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, x)
+    return torch.cat(everyone), dist.get_rank()
 
 
 def vgg_loss(vgg: nn.Module, images: Tensor, mixed: Tensor) -> Tensor:

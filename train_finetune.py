@@ -33,7 +33,6 @@ import argparse
 import copy
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -75,9 +74,10 @@ from common.distributed import (
     share_buffers,
     syncs_batch_norm,
 )
-from common.metrics import MetricLogger, lr_factor, parameter_groups
+from common.metrics import MetricLogger, lr_factor, parameter_groups, to_json
 from mirl import UserError, require
 from tasks.classification import Classification
+from tasks.dense import is_thin
 from tasks.detection import Detection
 from tasks.probe import probe
 from tasks.segmentation import Segmentation
@@ -238,6 +238,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.eval:
             return evaluate_file(task, val)
         train = task.data("train")
+        other = sorted({*train.classes} ^ {*val.classes}) or "their order"
+        alike = train.classes == val.classes
+        require(alike, f"--data {args.data}: train and val differ in classes: {other}")
 
         # the model, with the same initial weights in every process
         torch.manual_seed(args.seed)
@@ -247,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.protocol != "finetune":
             loaders = in_order(task, train, config), val_loader
             found = probe(args.protocol, vit.to(device), *loaders, args.seed, task.dtype)
-            return say(json.dumps(found))
+            return say(to_json(found))
         model = task.model(vit, len(val.classes), args.head_width).to(device)
         if syncs_batch_norm(device):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -255,9 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         models = dict(raw=model) | (dict(ema=average) if average else {})
 
         # the training images, a step of batch_size = processes · accumulation · size
-        size, accumulation = micro_batches(
-            args.batch_size, args.device_batch_size, device_limit(config)
-        )
+        limit = device_limit(config)
+        size, accumulation = micro_batches(args.batch_size, args.device_batch_size, limit)
         require(
             args.task != "segment" or size > 1 or syncs_batch_norm(device),
             "batch norm needs at least 2 images on a device: raise --batch-size or "
@@ -289,6 +291,24 @@ def main(argv: list[str] | None = None) -> None:
             model.compile()
         wrapped = data_parallel(model, device)
 
+        def save(epoch: int, **more) -> None:
+            more |= about | dict(epoch=epoch, history=log.history, written=log.written)
+            fields = dataclasses.asdict(config)
+            checkpoint.save_checkpoint(args.out, parts, identity=identity, config=fields, **more)
+
+        def score(epoch: int, trained: dict) -> None:
+            found, more = task.evaluate([*models.values()], val_loader), about | dict(epoch=epoch)
+            scores = dict(zip(models, found, strict=True))
+            for name, scored in models.items():
+                keep_best(args.out, name, scored, scores[name], task.best, log.history, more)
+            say("  ".join(f"{n}: {task.best} {s[task.best]:.2f} %" for n, s in scores.items()))
+            record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
+            broken = trained["corrupt_files"] + len(val_loader.dataset.broken)
+            log.end_epoch(trained, **record | dict(corrupt_files=broken))
+            save(epoch)
+
+        if saved.get("unscored"):  # the evaluation of its last epoch did not end
+            score(saved["epoch"], saved["unscored"])
         for epoch in range(saved.get("epoch", 0), args.epochs):
             torch.manual_seed(seed_of("epoch", args.seed, epoch, RANK))  # so a resume is exact
             sampler.set_epoch(epoch)
@@ -316,28 +336,11 @@ def main(argv: list[str] | None = None) -> None:
                     mirl.update_ema(average, model, ema_decay(args.ema_decay, log.step))
             log.check_weights(model)
 
-            for scored in models.values():
-                share_buffers(scored)
-            found = task.evaluate(list(models.values()), val_loader)
-            scores = dict(zip(models, found, strict=True))
-            for name, scored in models.items():
-                more = about | dict(epoch=epoch + 1)
-                keep_best(args.out, name, scored, scores[name], task.best, log.history, more)
-            if scores["raw"]:
-                say("  ".join(f"{n}: {task.best} {s[task.best]:.2f} %" for n, s in scores.items()))
-            record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
-            broken = dataset.broken | val_loader.dataset.broken
-            log.end_epoch(**record, corrupt_files=len(broken))
-            checkpoint.save_checkpoint(
-                args.out,
-                parts,
-                **about,
-                identity=identity,
-                config=dataclasses.asdict(config),
-                epoch=epoch + 1,
-                history=log.history,
-                written=log.written,
-            )
+            for each in models.values():
+                share_buffers(each)
+            trained = log.trained() | dict(corrupt_files=len(dataset.broken))
+            save(epoch + 1, unscored=trained)  # an evaluation that fails costs no epoch
+            score(epoch + 1, trained)
         log.bar.close()
         say(f"done: {best_model(args.out, list(models), task.best, log.history)}")
 
@@ -426,8 +429,9 @@ def device_limit(config: mirl.Config) -> int:
 def in_order(task: Classification, data: ImageSet, config: mirl.Config) -> DataLoader:
     """All images as the validation sees them; one that cannot be read counts for nothing."""
     images = AugmentedImages(data, task.transform(config, training=False), keep_labels=False)
-    sampler = EpochSampler(len(data))
-    return make_loader(images, sampler, device_limit(config), task.args.workers, task.device)
+    limit = device_limit(config)
+    size = min(task.args.device_batch_size or limit, limit)
+    return make_loader(images, EpochSampler(len(data)), size, task.args.workers, task.device)
 
 
 def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
@@ -462,7 +466,7 @@ def evaluate_file(task: Classification, val: ImageSet) -> None:
         known == len(val.classes),
         f"--from {path} knows {known} classes, and --data {data} has {len(val.classes)}",
     )
-    say(json.dumps(task.evaluate([model], in_order(task, val, model.config))[0]))
+    say(to_json(task.evaluate([model], in_order(task, val, model.config))[0]))
 
 
 @torch.no_grad()
@@ -474,6 +478,8 @@ def predict(task: Classification) -> None:
         len(names) == len(images) or task.args.task == "classify",
         "--predict: two of the files have one name, and so would their pictures: give them apart",
     )
+    thin = [path for path, image in zip(task.args.predict, images) if is_thin(image)]
+    require(not thin, f"--predict: {thin[:1]} is over 32 times as long as wide, or wide as long")
     model, classes = finetuned_model(task)
     if classes is None:
         imagenet = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]

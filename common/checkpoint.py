@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import errno
 import functools
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,30 @@ from torch import Tensor
 
 import mirl
 from common.distributed import RANK, gather, say
-from common.paddle import PADDLE, read_paddle
+from common.paddle import HARMLESS, PADDLE, Stub, read_paddle
 from mirl import Config, UserError, require
 
 
 def save(path: Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary name beside `path`), moved to `path` when it is complete on the disk."""
+    """write(temporary name beside `path`), moved to `path` when it is complete on the disk.
+
+    Raises UserError where no space is left; what `path` held stays.
+    """
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
-        write(temporary)
+        try:
+            write(temporary)
+        except RuntimeError:  # torch hides the system's reason: who writes more is told it
+            with open(temporary, "ab") as file:
+                file.write(bytes(2**20))
+            raise
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        require(not full, f"no space is left to write {path}: what it held is kept; make room")
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -39,25 +52,49 @@ def save_model(path: Path, model: nn.Module, **more) -> None:
     save(path, functools.partial(torch.save, state))
 
 
+SAFETENSORS = re.compile(rb".{5}\0\0\0\{", re.DOTALL)  # a length, then JSON
+# What first bytes, or an error, tell of a file that cannot be read: the first that is found.
+REASONS = {
+    r"SafetensorError|central directory|EOF|truncated": "it ends too early: download it again",
+    r"\Aversion https://git-lfs": "it is git-LFS's pointer to the file: fetch that by git lfs pull",
+    r"\A\s*[<{]": "it is a web page or other text: download the file itself",
+    r"ModuleNotFoundError": "it needs pip install -e '.[safetensors]'",
+    r"GLOBAL (\S+)": r"it names \1: save model.state_dict() alone",
+    r"TorchScript": "it is a TorchScript program: save the state dict of what torch.jit.load gives",
+    r"not in a subdirectory": "it is an archive: unpack it",
+    r"MemoryError|allocate memory": "the memory does not suffice for it",
+    r"\[Errno \d+\] (.*)": r"\1",
+    r"Error: (it (?:names|has) .*)": r"\1",  # of `read_paddle`
+}
+
+
 def load_file(path: str | Path) -> dict[str, Any]:
-    """torch.load of tensors and plain values on the CPU, or what `read_paddle` makes of a file of
-    the authors. Raises UserError for anything else."""
+    """The tensors and plain values in a file of torch or safetensors, on the CPU, or what
+    `read_paddle` makes of a file of the authors. Raises UserError for anything else."""
+    first = b""
     try:
         with open(path, "rb") as file:
-            paddle = PADDLE.match(file.read(14))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # flags, in MAE's checkpoints
+            first = file.read(64)
+        if SAFETENSORS.match(first):
+            import safetensors.torch
+
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([(Stub, name) for name in HARMLESS]):
+            paddle = PADDLE.match(first)
             saved = read_paddle(path) if paddle else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch raises many kinds for what is not its own
-        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
+        signs = f"{first.decode('latin1')}\n{type(error).__name__}: {error}"
+        found = (m.expand(REASONS[p]) for p in REASONS if (m := re.search(p, signs)))
+        reason = next(found, "it is damaged, or of no known format")
         raise UserError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
     require(isinstance(saved, dict), f"{path} is no checkpoint: it holds a {type(saved).__name__}")
     return saved
 
 
 # Flags that may differ on a resume. Any other would make the steps done those of another run.
-MAY_CHANGE = {"resume", "out", "recipe", "data", "data_dir", "from_", "truncated"}
+MAY_CHANGE = {"resume", "out", "recipe", "data", "data_dir", "from_", "truncated", "normalize"}
 MAY_CHANGE |= {"device", "dtype", "device_batch_size", "compile", "workers", "log_every"}
 MAY_CHANGE |= {"tensorboard", "log_grad_norms", "picture_every", "picture_pair"}
 MAY_CHANGE |= {"vgg_checkpoint"}
@@ -135,13 +172,32 @@ def last_checkpoint(out: str | Path) -> str:
     return "no epoch was complete, so there is no checkpoint, and --resume starts anew"
 
 
-def named_tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict in a file, bare or under "model" or "state_dict"."""
-    state = next(
-        (saved[k] for k in ("model", "state_dict") if isinstance(saved.get(k), dict)), saved
-    )
-    tensors = [(k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)]
-    return {k.removeprefix("module."): v for k, v in tensors}
+def tensors_in(saved: dict, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in dicts in dicts, under the dicts' names and their own, with dots."""
+    for name, value in saved.items():
+        if isinstance(value, Tensor):
+            yield str(name), value
+        elif isinstance(value, dict) and depth:
+            yield from ((f"{name}.{k}", x) for k, x in tensors_in(value, depth - 1))
+
+
+def named_tensors(saved: dict[str, Any], whole: bool = False) -> dict[str, Tensor]:
+    """The weights of the ViT in a file, under timm's names; whole: of the MIRL around it.
+
+    What stands before the names goes, be it a dict of the file ("model", "state_dict", …) or a
+    wrapper ("module.", "_orig_mod.", "backbone.", …). Of several ViTs the one with the least before
+    its names is taken, and a teacher before its student. Without one: all tensors of the file.
+    """
+    tensors = dict(tensors_in(saved))
+    ends = "cls_token", "patch_embed.proj.weight"
+    stems = [k.removesuffix(ends[0]) for k in tensors if k.endswith(ends[0])]
+    stems = [stem for stem in stems if stem + ends[1] in tensors]
+    stems.sort(key=lambda stem: ("student" in stem, len(stem)))
+    if len(stems) > 1:
+        say(f"takes the weights {stems[0]}*, not {', '.join(f'{stem}*' for stem in stems[1:])}")
+    stem = stems[0] if stems else ""
+    stem = stem.removesuffix("encoder.") if whole else stem
+    return {k.removeprefix(stem): x for k, x in tensors.items() if k.startswith(stem)}
 
 
 def load_weights(
@@ -149,19 +205,25 @@ def load_weights(
 ) -> tuple[list[str], list[str]]:
     """Fill a model from named tensors; returns which of its own and of theirs do not fit.
 
-    Those must begin with one of `free`. Raises UserError for others; the model is then unchanged.
+    Those must begin with one of `free`. Raises UserError for others, and for values that are no
+    finite numbers; the model is then unchanged.
     """
     own = model.state_dict()
     fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     missing, unused = ([k for k in names if k not in fitting] for names in (own, weights))
-    wrong = [k for k in dict.fromkeys(missing + unused) if not k.startswith(free)]
 
     def shape(tensors: dict[str, Tensor], name: str) -> str:
         return str(tuple(tensors[name].shape)) if name in tensors else "missing"
 
-    some = [f"{k} is {shape(weights, k)} in it, {shape(own, k)} in the model" for k in wrong[:3]]
-    some += [f"and {len(wrong) - 3} more"] * (len(wrong) > 3)
-    require(not wrong, f"{path} does not fit the model: {'; '.join(some)}")
+    wrong = [
+        f"{k} is {shape(weights, k)} in it, {shape(own, k)} in the model"
+        for k in dict.fromkeys(missing + unused)
+        if not k.startswith(free)
+    ]
+    bad = {k: int((~v.float().isfinite()).sum()) for k, v in fitting.items()}
+    wrong += [f"{k} holds NaN or infinity {count} times" for k, count in bad.items() if count]
+    wrong[3:] = [f"and {len(wrong) - 3} more"] * (len(wrong) > 3)
+    require(not wrong, f"{path} does not fit the model: {'; '.join(wrong)}")
     model.load_state_dict(own | fitting)
     return missing, unused
 
@@ -170,54 +232,46 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
     """Fill a ViT from a file; returns the names of what the file does not hold, left as it was.
 
     The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, the authors', or
-    a state dict with timm's or MAE's names, bare or under "model" or "state_dict"; decoders in it
-    are left out. The head, and the norm before it, are taken where they fit; positions of another
-    grid are resized. truncated: the file may have fewer blocks than the ViT [S E]. Raises UserError
-    where anything else does not fit; the ViT is then unchanged.
+    any in which `named_tensors` finds timm's or MAE's names; decoders in it are left out. The head,
+    and the norm before it, are taken where they fit; positions of another grid are resized.
+    truncated: the file may have fewer blocks than the ViT [S E]. Raises UserError where anything
+    else does not fit; the ViT is then unchanged.
     """
     saved = load_file(path)
     weights = named_tensors(saved)
-    prefix = "encoder." if "encoder.cls_token" in weights else ""  # of our pre-training checkpoints
-    weights = {
-        k.removeprefix(prefix): v
-        for k, v in weights.items()
-        if k.startswith(prefix) and not k.startswith(("decoder", "mask_token"))
-    }
-    require("cls_token" in weights, f"--from {path} holds no weights of a ViT")
+    weights = {k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))}
+    require(
+        "cls_token" in weights,
+        f"--from {path} holds no weights of a ViT under timm's names, to which others must be "
+        f"converted, but {', '.join([*weights][:3]) or 'no tensors'}",
+    )
     if "pos_embed" in weights and weights["pos_embed"].ndim == 3:
-        try:
-            grid = Config(**saved["config"]).grid
-        except (KeyError, TypeError):  # not a file of ours
-            grid = None
-        weights["pos_embed"] = fit_positions(weights["pos_embed"].float(), grid, vit.config)
+        table = weights["pos_embed"].float()
+        weights["pos_embed"] = fit_positions(table, saved.get("config"), vit.config)
     free = ("norm.", "fc_norm.", "head.")  # as the classes and the pooling want them
     if truncated:
         free += tuple(f"blocks.{k}." for k in range(depth_of(weights), vit.config.depth))
     missing, unused = load_weights(vit, weights, f"--from {path}", free)
-
-    def brief(names: list[str]) -> str:  # those of a block as one
-        short = dict.fromkeys(re.sub(r"^(blocks\.\d+)\..*", r"\1", name) for name in names)
-        return ", ".join([*short][:8]) + (", …" if len(short) > 8 else "")
-
     own = len(vit.state_dict())
     report = f"{own - len(missing)} of {own} tensors from {path}"
-    report += f"; at random: {brief(missing)}" if missing else ""
-    say(report + (f"; unused: {brief(unused)}" if unused else ""))
+    for what, names in (("at random", missing), ("unused", unused)):
+        short = dict.fromkeys(re.sub(r"^(blocks\.\d+)\..*", r"\1", name) for name in names)
+        report += f"; {what}: {', '.join(short)}" if names else ""
+    say(report)
     return missing
 
 
-def fit_positions(table: Tensor, grid: tuple[int, int] | None, config: Config) -> Tensor:
-    """A position table (1, 1+n, D) of `grid`, None for a square one, resized to the grid of
-    `config`. Raises UserError where n is no square."""
+def fit_positions(table: Tensor, theirs: Any, config: Config) -> Tensor:
+    """A position table (1, 1+n, D) resized to the grid of `config`; theirs: what the file calls its
+    config. Without a `Config` the grid is square. Raises UserError where n is no square."""
     n = table.shape[1] - 1
-    if grid is None:
+    try:
+        grid = Config(**theirs).grid
+    except TypeError:  # not a file of ours
         grid = config.grid if n == config.num_patches else (math.isqrt(n), math.isqrt(n))
     if grid == config.grid:
         return table
-    require(
-        math.prod(grid) == n,
-        f"--from holds {n} positions, which are no square grid to be resized",
-    )
+    require(math.prod(grid) == n, f"--from holds {n} positions, which are no square grid")
     say(f"positions resized from {grid} to {config.grid} patches")
     return mirl.resize_positions(table, grid, config.grid)
 
@@ -248,8 +302,7 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
     Raises UserError where the file holds no such model, or does not fit.
     """
     saved = load_file(path)
-    extended = ("feature_", "momentum_encoder.")  # what a further objective has added
-    weights = {k: v for k, v in named_tensors(saved).items() if not k.startswith(extended)}
+    weights = named_tensors(saved, whole=True)
     require(
         weights.keys() >= {"encoder.cls_token", "decoders.0.mask_token"},
         f"{path} holds no decoders: give a checkpoint.pt of pre-training, or the authors' file of "
@@ -257,8 +310,7 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
     )
     fields = saved.get("config")
     if fields is None:
-        encoder = {k.removeprefix("encoder."): v for k, v in weights.items()}
-        fields = encoder_shape(encoder, path) | dict(
+        fields = encoder_shape(named_tensors(saved), path) | dict(
             segments=depth_of(weights, "decoders."),
             decoder_width=weights["decoders.0.mask_token"].shape[2],
             decoder_depth=depth_of(weights, "decoders.0.blocks."),
@@ -274,7 +326,7 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
             "give heads and decoder_heads".format(path, *size),
         )
     model = mirl.MIRL(Config(**fields | overrides))
-    load_weights(model, weights, path)
+    load_weights(model, weights, path, ("feature_", "momentum_encoder."))  # of further objectives
     return model
 
 
@@ -296,3 +348,13 @@ def load_classifier(weights: dict[str, Tensor], name: str, path: str) -> mirl.Vi
     model = mirl.build_vit(name, **shape, num_classes=len(weights["head.weight"]), pool=pool)
     load_weights(model, weights, f"--from {path}")
     return model
+
+
+@torch.no_grad()
+def expect_imagenet(vit: mirl.ViT) -> None:
+    """From a ViT for images of mean and deviation 0.5, as most of timm's are, the same function for
+    images of ImageNet's: the patch embedding is linear, so it can take up the difference."""
+    proj = vit.patch_embed.proj
+    mean, std = mirl.imagenet_statistics(proj.weight.device)
+    proj.bias += (proj.weight * (2 * mean - 1)).sum(dim=(1, 2, 3))
+    proj.weight *= 2 * std

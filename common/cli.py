@@ -1,6 +1,7 @@
 """The command line that the scripts share, and how they end."""
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -159,7 +160,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """main(argv); what the user can mend (wrong input, a file or folder that the system refuses)
-    becomes one sentence on stderr and exit code 2, or 1 where a training went wrong."""
+    becomes one sentence on stderr and exit code 2, or 1 where a training went wrong. What the
+    terminal or log cannot write, as a file's name, comes with escapes."""
+    with contextlib.suppress(AttributeError):  # a notebook's stdout has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr always is
     try:
         main(argv)
     except KeyboardInterrupt:

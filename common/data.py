@@ -1,6 +1,7 @@
 """Images: where they come from, in which order, and how worker processes bring them."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import signal
@@ -13,11 +14,10 @@ import numpy as np
 import torch
 import torchvision
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -27,6 +27,14 @@ from mirl import UserError, imagenet_statistics, require
 
 BICUBIC = InterpolationMode.BICUBIC
 SMALL = 64  # images up to this side are used whole
+# kinds of files that PIL calls images, as it does not .eps and .mpg
+KINDS = Image.registered_extensions().items()
+IMAGES = tuple(kind for kind, name in KINDS if "image/" in Image.MIME.get(name, ""))
+# what may lie beside images without a word about it, and what systems leave in folders
+NOTES = (".txt", ".md", ".json", ".xml", ".csv", ".yaml", ".yml", "readme", "license")
+SYSTEM = {"__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found"}
+SYSTEM |= {"@eadir", "#recycle", "@recycle", "#snapshot", "thumbs.db", "desktop.ini"}
+warn = functools.cache(say)  # once, where one folder is looked through for both splits
 
 
 @dataclass
@@ -69,28 +77,48 @@ def file_names(names: list[str]) -> np.ndarray:
     return np.array([os.fsencode(name) for name in names], dtype=bytes)
 
 
-def read_image(path: str) -> Tensor | None:
-    """An image file as uint8 (3, h, w); None where it cannot be read."""
+def read_image(path: str, upright: bool = False) -> Tensor | None:
+    """An image file as uint8 (3, h, w); None where it cannot be read.
+
+    upright: turned as its EXIF orientation says, and not left as torchvision's ImageFolder has it.
+    """
     # torchvision decodes JPEG faster than PIL, and crashes on damaged PNG. Its decoder is
     # deprecated from 0.29 on; where it is gone, PIL serves.
     with contextlib.suppress(RuntimeError, AttributeError):
         content = torchvision.io.read_file(path)
-        return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB)
+        mode = torchvision.io.ImageReadMode.RGB
+        return torchvision.io.decode_jpeg(content, mode, apply_exif_orientation=upright)
     try:
         with Image.open(path) as image:
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in "IF":  # PIL would clip its values at 255
+                image = to_8_bits(image)
             return TF.pil_to_tensor(image.convert("RGB"))
     except Exception:  # PIL raises nearly anything on a broken file
         return None
 
 
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits, or of floats from 0 to 1, as one of 8 bits. Raises UserError where
+    the range of its values is unknown."""
+    values = np.asarray(image)
+    floats = image.mode == "F"
+    # the mode I has 32 bits, but 16 bits of these formats, some of them by PIL's version
+    sixteen = image.mode.startswith("I;16") or (not floats and image.format in ("PNG", "PPM"))
+    require(sixteen or (floats and values.min() >= 0 and values.max() <= 1), "unknown range")
+    return Image.fromarray(np.uint8((values * 255).round() if floats else values >> 8))
+
+
 def read_images(flag: str, paths: list[str]) -> list[Tensor]:
-    """The image files given to a flag, uint8 (3, h, w) each. Raises UserError for one that is not
-    there or cannot be read."""
+    """The image files given to a flag, uint8 (3, h, w) each, upright as a viewer shows them. Raises
+    UserError for one that is not there or cannot be read."""
     images = []
     for path in paths:
         require(Path(path).is_file(), f"{flag}: there is no file {path}")
-        images.append(read_image(path))
-        require(images[-1] is not None, f"{flag}: {path} cannot be read as an image")
+        images.append(read_image(path, upright=True))
+        kinds = "of 8 or 16 bits a channel, or floats from 0 to 1"
+        require(images[-1] is not None, f"{flag}: {path} cannot be read as an image {kinds}")
     return images
 
 
@@ -128,34 +156,66 @@ def load_data(name: str, data_dir: str, split: str) -> ImageSet:
 def load_folder(root: Path, split: str) -> ImageSet:
     """The image files of a folder.
 
-    Where it has train/ and val/, their subfolders are the classes; else its images have no labels,
-    and every fiftieth is one of the validation split. Raises UserError where there are none.
+    Where it has train/ and val/ (or valid/, validation/), the subfolders of train/ are the classes;
+    where it has val/ alone, to evaluate, those of val/. Else its images have no labels, and every
+    fiftieth is one of the validation split. Says what it leaves out. Raises UserError where there
+    are none.
     """
     require(
         root.is_dir(),
         f"--data {root}: there is no such folder (and the names are shapes, cifar10, cifar100, "
         "imagenette)",
     )
-    has_splits = (root / "train").is_dir() and (root / "val").is_dir()
-    folder = root / split if has_splits else root / "train" if (root / "train").is_dir() else root
+    here = folders_in(root)
+    train = "train" if "train" in here else ""
+    val = next((name for name in ("val", "valid", "validation") if name in here), "")
+    beside = [name for name in here if name not in (train, val, "test")]
+    beside += [name for name in sorted(os.listdir(root)) if is_data(name, IMAGES)]
+    tell(root, "folders and images beside train/ left out", beside if train else [])
+    has_splits = val and (train or not beside)
+    folder = root / (val if has_splits and split == "val" else train)
     names = files_in(folder)
-    require(names, f"--data {root}: {folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    require(names, f"--data {root}: {folder} holds no images")
     if not has_splits and len(names) > 1:
         names = [n for i, n in enumerate(names) if (i % 50 == 0) == (split == "val")]
-    try:
-        classes, index = find_classes(root / "train") if has_splits else ([], {})
-    except FileNotFoundError:  # images right in train/, without classes
-        classes, index = [], {}
-    labels = torch.tensor([index.get(name.split(os.sep)[0], -1) for name in names])
+    known = root / (train or val)
+    classes = folders_in(known) if has_splits else []
+    index = {name: label for label, name in enumerate(classes)}
+    tops = [name.split(os.sep)[0] for name in names]
+    labels = torch.tensor([index.get(top, -1) for top in tops])
+    empty = sorted(set(classes) - set(tops)) if folder == known else []
+    tell(folder, "classes without an image, which the head has all the same", empty)
     return ImageSet(file_names(names), labels, classes, str(folder))
 
 
-def files_in(folder: Path, extensions: tuple[str, ...] = IMG_EXTENSIONS) -> list[str]:
-    """Names, relative to the folder, of its files of these kinds at any depth, in order."""
-    # make_dataset finds those of a class's folder: here of the whole
-    found = make_dataset(folder, {".": 0}, extensions, allow_empty=True)
-    prefix = os.path.join(folder, ".", "")
-    return [path.removeprefix(prefix) for path, _ in found]
+def is_data(name: str, kinds: tuple[str, ...] = ("",)) -> bool:
+    """Whether a file of these kinds, or a folder, is the user's, by its name."""
+    name = name.lower()
+    return name.endswith(kinds) and name[0] != "." and name not in SYSTEM
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders right in it, in order: of train/ the classes."""
+    return sorted(x.name for x in os.scandir(folder) if x.is_dir() and is_data(x.name))
+
+
+def files_in(folder: Path, kinds: tuple[str, ...] = IMAGES) -> list[str]:
+    """Names, relative to the folder, of its files of these kinds at any depth, in order. Says which
+    others it has, but for notes and what systems leave behind."""
+    files = []
+    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+        parts = Path(place).relative_to(folder).parts
+        if all(map(is_data, parts)):
+            files += [os.path.join(*parts, name) for name in sorted(names) if is_data(name)]
+    others = [name for name in files if not name.lower().endswith(kinds + NOTES)]
+    tell(folder, "files of other kinds left out", others)
+    return [name for name in files if name.lower().endswith(kinds)]
+
+
+def tell(folder: Path, what: str, names: list[str]) -> None:
+    """Say how many these are, and the first, if there are any."""
+    if names:
+        warn(f"warning: {folder}: {what}: {len(names)}, the first is {names[0]}")
 
 
 def subset(data: ImageSet, wanted: int | None, seed: int, flag: str) -> ImageSet:
@@ -338,11 +398,18 @@ def normalise_images(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
+def shorten(image: Tensor) -> Tensor:
+    """The middle of an image (3, h, w), up to 16 times as long as it is wide: resized by its short
+    side, a line of pixels would be gigabytes."""
+    longest = 16 * min(image.shape[1:])
+    return TF.center_crop(image, [min(side, longest) for side in image.shape[1:]])
+
+
 def center_crop(size: tuple[int, int]) -> Callable:
     """The short side to 256/224 of the wanted one and a central crop; sizes up to 64 whole. [R]"""
     share = 256 / 224 if min(size) > SMALL else 1
     shorter = v2.Resize(round(max(size) * share), interpolation=BICUBIC, antialias=True)
-    return v2.Compose([shorter, v2.CenterCrop(size)])
+    return v2.Compose([shorten, shorter, v2.CenterCrop(size)])
 
 
 def validation_images(data: ImageSet, size: tuple[int, int], wanted: int) -> Tensor:

@@ -15,14 +15,14 @@ from tqdm import tqdm
 from mirl import UserError, require
 
 # torchrun's environment; without it this process is the only one
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK, LOCAL_RANK = int(os.environ.get("RANK") or 0), int(os.environ.get("LOCAL_RANK") or 0)
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def say(text: str) -> None:
     """Print from the main process, without tearing a progress bar."""
     if RANK == 0:
-        tqdm.write(text.encode(errors="backslashreplace").decode())  # a file's name may be no UTF-8
+        tqdm.write(text)
         sys.stdout.flush()
 
 
@@ -30,8 +30,15 @@ def say(text: str) -> None:
 def process_group(device_flag: str) -> Iterator[torch.device]:
     """Yields this process's device; under torchrun, joins the other processes first.
 
-    nccl on CUDA, gloo elsewhere. Raises UserError for a device that is not there.
+    nccl on CUDA, gloo elsewhere. Raises UserError for a device that is not there, or where only
+    some of torchrun's variables are set.
     """
+    lacking = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.getenv(n)]
+    require(
+        not lacking or (RANK, WORLD_SIZE) == (0, 1),
+        f"process {RANK} of {WORLD_SIZE} also needs {', '.join(lacking)} in its environment: start "
+        "several with torchrun, or unset RANK and WORLD_SIZE",
+    )
     device = pick_device(device_flag)
     cuda = device.type == "cuda"
     if cuda:

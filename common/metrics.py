@@ -56,6 +56,11 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str = "cosine"
     return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
+def to_json(record: dict[str, Any]) -> str:
+    """A line of JSON, which has neither NaN nor infinity: they are null."""
+    return re.sub("-?Infinity|NaN", "null", json.dumps(record))
+
+
 class MetricLogger:
     """A run's folder: config.json, metrics.jsonl; a progress bar on a terminal, or lines anywhere
     else; TensorBoard.
@@ -77,6 +82,7 @@ class MetricLogger:
     def start(self, saved: dict[str, Any], model: nn.Module, device: torch.device) -> None:
         """Begin, or go on from a checkpoint, with metrics.jsonl as it was then."""
         args, self.board = self.args, None
+        self.start_clock()
         self.history, self.written = saved.get("history", []), saved.get("written", 0)
         self.step = saved.get("epoch", 0) * self.steps
         # None: where there is no terminal
@@ -190,25 +196,30 @@ class MetricLogger:
                 "bf16 or fp32"
             )
 
-    def end_epoch(self, **record) -> None:
-        """Write the epoch, with `record`'s values too; its speed is that of training alone."""
+    def trained(self) -> dict[str, Any]:
+        """What the training of the epoch did: its last step's record, with the means and the speed
+        of all."""
         training = self.clock - self.epoch_began  # up to the last step, which was logged
         means = torch.cat(self.epoch_losses).mean(dim=0).tolist()
-        self.record |= dict(zip(self.names, means, strict=True))
-        self.record |= dict(
+        self.start_clock()
+        return self.record | dict(
+            **dict(zip(self.names, means, strict=True)),
             images_per_second=round(self.steps * self.args.batch_size / training, 1),
-            seconds=round(time.perf_counter() - self.epoch_began, 2),
-            **record,
+            seconds=self.clock - self.epoch_began,
         )
-        self.history.append(self.record)
-        self.write("epoch", self.record)
+
+    def end_epoch(self, trained: dict[str, Any] | None = None, **record) -> None:
+        """Write the epoch: what it `trained`, also before a resume, and `record`'s values."""
+        trained = trained or self.trained()
+        seconds = round(trained["seconds"] + time.perf_counter() - self.clock, 2)
+        self.history.append(trained | dict(seconds=seconds, **record))
+        self.write("epoch", self.history[-1])
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and its numbers to TensorBoard if asked for."""
         if RANK != 0:
             return
-        line = json.dumps(dict(kind=kind) | record)
-        line = re.sub("-?Infinity|NaN", "null", line)  # JSON has neither
+        line = to_json(dict(kind=kind) | record)
         with open(self.path, "a") as file:
             file.write(line + "\n")
         self.written = self.path.stat().st_size

@@ -34,8 +34,15 @@ PADDLE_NAMES = {
 }
 
 
+# What a pickle may name although nothing needs it but in a file of the authors: numpy's arrays and
+# numbers, flags and paths. Each becomes a `Stub`.
+HARMLESS = ["numpy.ndarray", "numpy.dtype", "argparse.Namespace", "pathlib.PosixPath"]
+HARMLESS += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
+             for name in ("_reconstruct", "scalar")]  # fmt: skip
+
+
 class Stub:
-    """A stand-in for an array, a dtype or a namespace of a pickle: its arguments and its state."""
+    """A stand-in that runs nothing: it keeps its arguments and its state."""
 
     def __init__(self, *args):
         self.args = args
@@ -48,19 +55,13 @@ class PaddleUnpickler(pickle.Unpickler):
     """Reads what PaddlePaddle saves: what a name stands for is harmless, or refused. [R]"""
 
     def find_class(self, module: str, name: str) -> Callable:
-        known = {
-            "numpy.core.multiarray._reconstruct": Stub,
-            "numpy.core.multiarray.scalar": Stub,
-            "numpy.ndarray": Stub,
-            "numpy.dtype": Stub,
-            "argparse.Namespace": Stub,
+        known = dict.fromkeys(HARMLESS, Stub) | {
             "collections.OrderedDict": OrderedDict,
             "builtins.tuple": tuple,
             "builtins.bytes": lambda: b"",  # protocol 2 has no bytes: empty ones, and others
             "_codecs.encode": lambda text, encoding: text.encode("latin1"),
         }
-        today = {"numpy._core.multiarray": "numpy.core.multiarray", "__builtin__": "builtins"}
-        full = f"{today.get(module, module)}.{name}"
+        full = f"{module.replace('__builtin__', 'builtins')}.{name}"
         if full not in known:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return known[full]

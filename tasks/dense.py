@@ -15,7 +15,8 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from common.distributed import rank_zero_first
+from common.data import read_image
+from common.distributed import rank_zero_first, say
 from common.shapes import SHAPES, make_scenes
 from mirl import ViT, patchify, require, resize_positions
 
@@ -99,6 +100,27 @@ def data_folder(name: str, data_dir: str) -> Path:
                 write_scenes(root)
     require(root.is_dir(), f"--data {name}: there is no such folder (and the name is scenes)")
     return root
+
+
+def is_thin(image: Tensor) -> bool:
+    """Whether a side of an image (3, h, w) is over 32 times the other: resized, one of them would
+    vanish, or the other fill the memory."""
+    return max(image.shape[1:]) > 32 * min(image.shape[1:])
+
+
+def read_sized(path: str, size: tuple[int, int]) -> Tensor | None:
+    """An image file, uint8 (3, h, w), turned as its EXIF orientation says where only that gives it
+    the size (h, w) of its annotation. None where it cannot be read, or is thin."""
+    image = read_image(path)
+    if image is not None and image.shape[1:] != size:
+        turned = read_image(path, upright=True)
+        image = turned if turned is not None and turned.shape[1:] == size else image
+    return None if image is None or is_thin(image) else image
+
+
+def say_left_out(names: list[str], what: str) -> None:
+    if names:
+        say(f"warning: {len(names)} {what}, the first {names[0]}: left out")
 
 
 def annotation_file(folder: str | Path) -> Path:

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +24,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
 from common.cli import require_extra
-from common.data import (
-    SMALL,
-    ImageSet,
-    batches,
-    file_names,
-    files_in,
-    normalise_images,
-    read_image,
-    subset,
-)
+from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images, subset
 from common.distributed import RANK, autocast, gather, pick_dtype, say
 from mirl import Config, UserError, ViT, at_least_float32, require
-from tasks.dense import Pyramid, annotation_file, data_folder, overlay
+from tasks.dense import Pyramid, annotation_file, data_folder, overlay, read_sized, say_left_out
 
 with contextlib.suppress(ImportError):  # Detection says what to install
     from pycocotools import mask as run_lengths
@@ -55,10 +46,17 @@ class Detection:
         self.dtype = pick_dtype(args.dtype, device)
 
     def data(self, split: str) -> ImageSet:
+        """As in `Classification`. Raises UserError where no object counts."""
         args = self.args
         data = load_coco(data_folder(args.data, args.data_dir), split)
         seed, wanted = args.seed if split == "train" else 0, getattr(args, f"{split}_images")
-        return subset(data, wanted, seed, f"--{split}-images")
+        data = subset(data, wanted, seed, f"--{split}-images")
+        require(
+            any(not crowd for i in range(len(data)) for *_, crowd in data.item(i)[3]),
+            f"--data {args.data}: none of the {len(data)} {split} images has an object that "
+            "counts: it is no crowd, and has a segmentation and a box of a pixel or more",
+        )
+        return data
 
     def model(self, vit: ViT, classes: int, head_width: int | None) -> nn.Module:
         size = min(vit.config.image_hw)
@@ -96,9 +94,9 @@ class Detection:
                         results.append((target["image_id"], detections(output)))
         everyone, scores = gather(found), []  # of each process, of each model
         if RANK == 0:
-            file = annotation_file(loader.dataset.data.root)
             parts = zip(*everyone, strict=True)
-            scores = [coco_scores([*itertools.chain(*part)], file) for part in parts]
+            data = loader.dataset.data
+            scores = [coco_scores([*itertools.chain(*part)], data) for part in parts]
         return gather(scores)[0]
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
@@ -119,46 +117,69 @@ class Detection:
 class COCODetection(ImageSet):
     """Images and the objects on them, in COCO's layout.
 
-    `images` are names of files in `root`; of image i, `packed` holds the id and the objects, each
-    with label, box and segmentation, as JSON, up to `ends[labels[i]]`. It is read when it is
-    needed: as Python's objects, COCO's 860,000 would fill gigabytes in every worker process.
+    `images` are names of files in `root`; of image i, `packed` holds what `item` returns, as JSON,
+    up to `ends[labels[i]]`. It is read when it is needed: as Python's objects, COCO's 860,000 would
+    fill gigabytes in every worker process.
     """
 
     packed: np.ndarray | None = None  # uint8
     ends: np.ndarray | None = None  # int64
+    training: bool = True
 
-    def name(self, i: int) -> str:
-        return super().name(i) + " or its annotation"
-
-    def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
-        """Image i, uint8 (3, h, w), and its n objects; None where one cannot be read.
-
-        The objects: boxes float32 (n, 4) as corners x, y, x, y, masks uint8 (n, h, w), labels int64
-        (n,) from 1, image_id int. Those whose box is narrower than a pixel are left out.
-        """
-        image = read_image(super().name(i))
-        if image is None:
-            return None
-        h, w = image.shape[1:]
+    def item(self, i: int) -> tuple[int, int, int, list[list]]:
+        """Of image i the id, height and width, and each object's label, box, segmentation and
+        whether it is a crowd; of training images no crowds, and no box narrower than a pixel."""
         k = int(self.labels[i])
         start, end = self.ends[k - 1] if k else 0, self.ends[k]
-        image_id, objects = json.loads(self.packed[start:end].tobytes())
-        try:
-            boxes = torch.tensor([box for _, box, _ in objects]).float().view(-1, 4)
-            masks = torch.zeros(len(boxes), h, w, dtype=torch.uint8)
-            for mask, (_, _, segmentation) in zip(masks, objects, strict=True):
-                mask.copy_(torch.from_numpy(decode(segmentation, h, w)))
-        except Exception:  # a segmentation may be wrong in any way
+        return json.loads(self.packed[start:end].tobytes())
+
+    def name(self, i: int) -> str:
+        path, (_, h, w, _) = super().name(i), self.item(i)
+        image = read_sized(path, (h, w))
+        size = "" if image is None else " ({2} x {1} pixels)".format(*image.shape)
+        return f"{path}{size} or its annotation ({w} x {h})"
+
+    def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
+        """Image i, uint8 (3, h, w), and its n objects; None where it cannot be read, or has another
+        size than its annotation says.
+
+        The objects: boxes float32 (n, 4) as corners x, y, x, y, masks uint8 (n, h, w), labels int64
+        (n,) from 1, image_id. Of validation images there are none: see `truth`.
+        """
+        image_id, h, w, objects = self.item(i)
+        image = read_sized(super().name(i), (h, w))
+        if image is None or image.shape[1:] != (h, w):
             return None
+        objects = objects if self.training else []
+        boxes = torch.tensor([box for _, box, _, _ in objects]).float().view(-1, 4)
         boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (h, w))
-        wide = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+        masks = torch.zeros(len(boxes), h, w, dtype=torch.uint8)
+        for mask, (_, _, segmentation, _) in zip(masks, objects, strict=True):
+            mask.copy_(torch.from_numpy(decode(segmentation, h, w)))
         target = dict(
-            boxes=tv_tensors.BoundingBoxes(boxes[wide], format="XYXY", canvas_size=(h, w)),
-            masks=tv_tensors.Mask(masks[wide]),
-            labels=torch.tensor([label for label, _, _ in objects], dtype=torch.int64)[wide],
+            boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w)),
+            masks=tv_tensors.Mask(masks),
+            labels=torch.tensor([label for label, _, _, _ in objects], dtype=torch.int64),
             image_id=image_id,
         )
         return tv_tensors.Image(image), target
+
+    def truth(self) -> "COCO":
+        """The images and objects as COCO's evaluation takes them; categories have their labels for
+        ids, and the area, which counts only for measures that we do not take, is the box's."""
+        truth, images, known = COCO(), [], []
+        for image_id, h, w, objects in map(self.item, range(len(self))):
+            images.append(dict(id=image_id, height=h, width=w))
+            for label, box, segmentation, crowd in objects:
+                one = dict(image_id=image_id, category_id=label, area=box[2] * box[3], bbox=box)
+                # COCOeval takes the id 0 for no match
+                one |= dict(id=len(known) + 1, segmentation=segmentation, iscrowd=int(crowd))
+                known.append(one)
+        kinds = [dict(id=label, name=name) for label, name in enumerate(self.classes, start=1)]
+        # older pycocotools ask for info
+        truth.dataset = dict(images=images, annotations=known, categories=kinds, info={})
+        truth.createIndex()
+        return truth
 
     def digest(self) -> str:
         digest = hashlib.sha256(super().digest().encode())
@@ -166,19 +187,50 @@ class COCODetection(ImageSet):
         return digest.hexdigest()
 
 
+def usable(annotation: dict, h: int, w: int) -> bool:
+    """Whether pycocotools can draw an object on an image of h x w; other input may end the process.
+
+    It has a box, and polygons of three points or more, or run lengths of the image's size; nothing
+    is farther outside of the image than that is large."""
+    far = max(h, w)
+
+    def near(*places: float) -> bool:
+        return -far <= min(places) and max(places) <= 2 * far and math.isfinite(sum(places))
+
+    try:
+        (x, y, width, height), shape = annotation["bbox"], annotation["segmentation"]
+        if not (near(x, y, x + width, y + height) and min(width, height) >= 0):
+            return False
+        if isinstance(shape, list):
+            return all(len(p) >= 6 and len(p) % 2 == 0 and near(*p) for p in shape) and shape != []
+        counts = shape["counts"] if isinstance(shape["counts"], list) else runs(shape["counts"])
+        return [*shape["size"]] == [h, w] and min(counts) >= 0 and sum(map(int, counts)) == h * w
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def runs(packed: str) -> list[int]:
+    """The run lengths in COCO's string: five bits a character, the lowest first; from the fourth
+    run on the difference to the last but one."""
+    counts, number, bits = [], 0, 0
+    for code in (ord(character) - 48 for character in packed):
+        number, bits = number | (code & 31) << bits, bits + 5
+        if not code & 32:  # the last character of a number, whose highest bit is the sign
+            number -= (code & 16) << bits - 4
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number = bits = 0
+    return counts
+
+
 def decode(segmentation: list | dict, h: int, w: int) -> np.ndarray:
-    """COCO's segmentation of an object as a mask of 0 and 1, uint8 (h, w).
+    """COCO's segmentation of an object, if it is `usable`, as a mask of 0 and 1, uint8 (h, w).
 
     A list of polygons [x, y, x, y, …]; or run lengths, column by column, beginning with zeros, as
-    numbers or packed into a string. Raises ValueError for those of another size.
+    numbers or packed into a string.
     """
     if isinstance(segmentation, list):
         return run_lengths.decode(run_lengths.merge(run_lengths.frPyObjects(segmentation, h, w)))
-    counts = segmentation["counts"]
-    # pycocotools sees those that are too long, and leaves what memory held after shorter ones
-    if segmentation["size"] != [h, w] or (isinstance(counts, list) and sum(counts) != h * w):
-        raise ValueError(f"run lengths of another size than {h}x{w}")
-    if isinstance(counts, list):
+    if isinstance(segmentation["counts"], list):
         segmentation = run_lengths.frPyObjects(segmentation, h, w)
     return run_lengths.decode(segmentation)
 
@@ -186,43 +238,57 @@ def decode(segmentation: list | dict, h: int, w: int) -> np.ndarray:
 def load_coco(root: Path, split: str) -> COCODetection:
     """COCO's layout: {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json.
 
-    Categories become the labels 1 … K in the order of their ids. Crowds are no objects. Training
-    images without any annotation are left out (117,266 of COCO's stay), and images that the file
-    does not list. Raises UserError for a file that is not COCO's, or names an image or category
-    that is not there.
+    Categories become the labels 1 … K in the order of their ids. Training images without any
+    annotation are left out (117,266 of COCO's stay); so are, with a word, objects that are not
+    `usable` and images that the file does not list. Ids, areas and `iscrowd` of objects may be
+    missing. Raises UserError for a file that is not COCO's, has two images or categories of one id,
+    or names an image or category that is not there.
     """
     folder = root / f"{split}2017"
     file = annotation_file(folder)
     require(file.is_file(), f"--data {root}: there is no {file}")
     try:
         content = json.loads(file.read_bytes())
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        kinds = {kind["id"]: kind["name"] for kind in content["categories"]}
+        images, categories, found = (content[k] for k in ("images", "categories", "annotations"))
+        given = {"images of the id": [x["id"] for x in images]}
+        given["images of the name"] = [x["file_name"] for x in images]
+        given["categories of the id"] = [x["id"] for x in categories]
+        names = {x["id"]: x["file_name"] for x in images}
+        sizes = {x["id"]: (int(x["height"]), int(x["width"])) for x in images}
+        kinds = {x["id"]: x["name"] for x in categories}
         label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
-        found = content["annotations"]
-        annotated = {x["image_id"] for x in found}
         unlisted = dict(
-            image=annotated - names.keys(),
+            image={x["image_id"] for x in found} - names.keys(),
             category={x["category_id"] for x in found} - kinds.keys(),
         )
-        missing = sorted(set(names.values()) - set(files_in(folder)))
-        # height, width and area are for its evaluation
-        sized = all(image["height"] and image["width"] for image in content["images"])
-        drawn = all(x["bbox"] and x["segmentation"] and x["area"] >= 0 for x in found)
+        missing = sorted(set(names.values()) - set(there := files_in(folder)))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
     require(kinds and names, f"{file} names no images, or no categories")
-    require(sized and drawn, f"{file} has an image without size or an object without segmentation")
+    require(min(map(min, sizes.values())) > 0, f"{file} has an image without size")
+    for what, values in given.items():
+        twice = [value for value, count in Counter(values).items() if count > 1]
+        require(not twice, f"{file} has two {what} {twice[:1]}")
     for what, ids in unlisted.items():
         require(not ids, f"{file} has annotations of {what} {[*ids][:1]}, which it does not list")
     require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
+    say_left_out(sorted({*there} - {*names.values()}), f"images in {folder} are not in {file}")
+    annotated = {x["image_id"] for x in found}
     objects = {image: [] for image in names if split == "val" or image in annotated}
     require(objects, f"{file} has no annotation of any image")
-    for x in found if split == "train" else ():  # the evaluation reads the file itself
-        if not x.get("iscrowd"):
-            target = label_of[x["category_id"]], x["bbox"], x["segmentation"]
-            objects[x["image_id"]].append(target)
-    texts = [json.dumps(item).encode() for item in objects.items()]
+    wrong = []
+    for x in found:
+        h, w = sizes[x["image_id"]]
+        if not usable(x, h, w):
+            wrong.append(f"of {names[x['image_id']]}")
+            continue
+        (left, top, width, height), crowd = x["bbox"], x.get("iscrowd") not in (None, 0, "0")
+        inside = min(left + width, w) - max(left, 0), min(top + height, h) - max(top, 0)
+        if split == "val" or (min(inside) >= 1 and not crowd):
+            one = label_of[x["category_id"]], x["bbox"], x["segmentation"], crowd
+            objects[x["image_id"]].append(one)
+    say_left_out(wrong, f"objects in {file} have no box or segmentation that can be drawn")
+    texts = [json.dumps((k, *sizes[k], v)).encode() for k, v in objects.items()]
     return COCODetection(
         file_names([names[image] for image in objects]),
         torch.arange(len(objects)),
@@ -230,6 +296,7 @@ def load_coco(root: Path, split: str) -> COCODetection:
         str(folder),
         np.frombuffer(b"".join(texts), np.uint8),
         np.cumsum([len(text) for text in texts]),
+        split == "train",
     )
 
 
@@ -307,23 +374,18 @@ def detections(output: dict[str, Tensor]) -> list[dict]:
     return [dict(zip(parts, row)) for row in zip(*parts.values(), strict=True)]
 
 
-def coco_scores(found: list[tuple[int, list[dict]]], file: Path) -> dict[str, float]:
+def coco_scores(found: list[tuple[int, list[dict]]], data: COCODetection) -> dict[str, float]:
     """COCO's average precision of boxes and masks, in percent, over the images in `found`.
 
-    found: of each image its id and its `detections`, be they none. file: the annotations. The means
-    are over the thresholds 0.5, 0.55, …, 0.95 of IoU, or at 0.5 or 0.75; NaN where there is no
-    object.
+    found: of each image its id and its `detections`, be they none. data: the validation images. The
+    means are over the thresholds 0.5, 0.55, …, 0.95 of IoU, or at 0.5 or 0.75; NaN where there is
+    no object.
     """
     scores = {}
     with contextlib.redirect_stdout(io.StringIO()):  # COCO's classes print their progress
-        truth = COCO(str(file))
-        truth.dataset.setdefault("info", {})  # older pycocotools ask for it
-        for i, known in enumerate(truth.dataset["annotations"], start=1):
-            known["id"] = i  # COCOeval takes the id 0 for no match
-        truth.createIndex()
-        kinds = sorted(truth.getCatIds())
+        truth = data.truth()
         results = [
-            dict(one, image_id=image, category_id=kinds[one["label"] - 1])
+            dict(one, image_id=image, category_id=one["label"])
             for image, objects in found
             for one in objects
         ]

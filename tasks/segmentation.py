@@ -17,19 +17,10 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from common.data import (
-    SMALL,
-    ImageSet,
-    batches,
-    file_names,
-    files_in,
-    normalise_images,
-    read_image,
-    subset,
-)
+from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images, subset
 from common.distributed import autocast, gather, pick_dtype, say
 from mirl import IMAGENET_MEAN, Config, ViT, at_least_float32, require
-from tasks.dense import Pyramid, data_folder, overlay, resize_maps
+from tasks.dense import Pyramid, data_folder, overlay, read_sized, resize_maps, say_left_out
 
 IGNORED = 255  # the label of pixels that count for nothing
 GREY = [round(255 * m) for m in IMAGENET_MEAN]  # where an image is too small for a crop
@@ -45,10 +36,22 @@ class Segmentation:
         self.dtype = pick_dtype(args.dtype, device)
 
     def data(self, split: str) -> ImageSet:
-        args = self.args
+        """As in `Classification`. Raises UserError where no pixel counts; before a training, for
+        any wrong label of the validation."""
+        args, counts = self.args, False
         data = load_ade20k(data_folder(args.data, args.data_dir), split)
         seed, wanted = args.seed if split == "train" else 0, getattr(args, f"{split}_images")
-        return subset(data, wanted, seed, f"--{split}-images")
+        data = subset(data, wanted, seed, f"--{split}-images")
+        for pair in map(data.read, range(len(data))):
+            counts = counts or (pair is not None and bool((pair[1] != IGNORED).any()))
+            if counts and (split == "train" or args.eval):
+                break
+        require(
+            counts,
+            f"--data {args.data}: no pixel of {split} counts: its annotations hold nothing but 0 "
+            f"and {IGNORED}, and the classes are 1 to {len(data.classes)}",
+        )
+        return data
 
     def model(self, vit: ViT, classes: int, head_width: int | None) -> nn.Module:
         return UperNet(vit, classes, head_width)
@@ -126,12 +129,12 @@ class ADE20K(ImageSet):
         UserError for other labels, or a map of another size.
         """
         path, map_path = self.paths(i)
-        image = read_image(path)
         try:
             with Image.open(map_path) as file:
                 labels = TF.pil_to_tensor(file).long()
         except Exception:  # PIL raises nearly anything on a broken file
             return None
+        image = read_sized(path, labels.shape[1:])
         if image is None:
             return None
         require(
@@ -159,7 +162,9 @@ def load_ade20k(root: Path, split: str) -> ADE20K:
     """
     part = dict(train="training", val="validation")[split]
     images, maps = root / "images" / part, root / "annotations" / part
-    image_of = {os.path.splitext(name)[0]: name for name in files_in(images)}
+    image_of: dict[str, str] = {}
+    twins = [x for x in files_in(images) if image_of.setdefault(os.path.splitext(x)[0], x) != x]
+    say_left_out(twins, f"files in {images} have the name of another one but for its ending")
     stems = {name.removesuffix(".png") for name in files_in(maps, (".png",))}
     require(image_of, f"--data {root}: {images} holds no images")
     lone = sorted(image_of.keys() - stems)

@@ -89,7 +89,7 @@ def succeed(processes):
     assert set(codes) == {0}, codes
 
 
-def interrupt(images):
+def interrupt(*given):
     """Ctrl-C. It ends a run with the code 130; what it leaves is what any sudden end leaves."""
     raise KeyboardInterrupt
 

@@ -3,8 +3,12 @@
 import argparse
 import dataclasses
 import os
+import resource
+import sys
+from pathlib import Path
 
 import conftest
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -15,7 +19,7 @@ import train_finetune
 import train_pretrain
 from common import checkpoint
 from common.checkpoint import load_classifier, load_encoder, load_file, load_mirl, save_model
-from common.data import ImageSet
+from common.data import ImageSet, normalise_images
 from mirl import UserError
 
 HEAD = ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
@@ -59,6 +63,24 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9999])  # where it ends, torch's errors differ
+def test_a_full_disk_is_called_so_and_costs_nothing(tmp_path, share):
+    path, model = tmp_path / "raw-best.pt", vit()
+    save_model(path, model)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), limits[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"no space is left to write \S+raw-best.pt: what it held"
+        ):
+            save_model(path, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+    with pytest.raises(FileNotFoundError):  # what else the system refuses is said as it says it
+        save_model(tmp_path / "none" / "raw-best.pt", model)
+
+
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -66,7 +88,10 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
 
     for new in (True, False):
         torch.save({"model": Evil()}, tmp_path / "evil.pt", _use_new_zipfile_serialization=new)
-        with pytest.raises(UserError, match="is not a checkpoint that can be read safely"):
+        message = (
+            r"is not a checkpoint that can be read safely \(it names posix.mkdir: save model.st"
+        )
+        with pytest.raises(UserError, match=message):
             load_file(tmp_path / "evil.pt")
     assert not (tmp_path / "hacked").exists()
     with pytest.raises(UserError, match="there is no file"):
@@ -77,13 +102,40 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
         load_file(stored(tmp_path / "a.pt", torch.ones(2)))
 
 
-def test_flags_in_a_checkpoint_of_mae_are_read(tmp_path):
-    """As a Namespace; torch's old format is a pickle, as PaddlePaddle's is."""
-    content = dict(model={"linear": torch.ones(2, 3)}, args=argparse.Namespace(lr=0.1))
+def test_what_stands_beside_the_weights(tmp_path):
+    """Flags, as MAE has them, numbers and paths; torch's old format is a pickle, as Paddle's is."""
+    content = dict(model={"linear": torch.ones(2, 3)}, args=argparse.Namespace(out=Path("a")))
+    content |= dict(accuracy=np.float64(83.1), curve=np.arange(3.0), epoch=7)
     for new in (True, False):
         torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
         found = load_file(tmp_path / "a.pth")
-        assert found["model"]["linear"].shape == (2, 3) and found["args"].lr == 0.1
+        assert found["model"]["linear"].shape == (2, 3) and found["epoch"] == 7
+
+
+@pytest.mark.filterwarnings("ignore")  # of TorchScript
+def test_files_that_are_something_else(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # as where it is not installed
+    whole = Path(stored(tmp_path / "whole.pt", {"a": torch.ones(99)})).read_bytes()
+    stored(tmp_path / "module.pt", nn.Linear(2, 2))
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    files = {
+        "ends too early": [b"", whole[:300], whole[:-9]],
+        "git-LFS's pointer to the file: fetch": [
+            b"version https://git-lfs.github.com/spec/v1\noid"
+        ],
+        "a web page or other text": [b"<!DOCTYPE html>\n<html>", b'\n{"error": "no such model"}'],
+        r"needs pip install -e '.\[safetensors\]'": [b"\x02" + bytes(7) + b"{}"],
+        r"names torch\.nn\.modules.*Linear: save": [(tmp_path / "module.pt").read_bytes()],
+        "a TorchScript program": [(tmp_path / "script.pt").read_bytes()],
+        "damaged, or of no known format": [b"\x89HDF\r\n", b"torn"],
+    }
+    for reason, contents in files.items():
+        for content in contents:
+            (tmp_path / "a.pt").write_bytes(content)
+            message = rf"a.pt is not a checkpoint that can be read safely \(it (is )?{reason}"
+            with pytest.raises(UserError, match=message) as error:
+                load_file(tmp_path / "a.pt")
+            assert "\x1b" not in str(error.value)
 
 
 # -- going on --
@@ -131,10 +183,7 @@ def test_a_resume_of_what_it_is_not(tmp_path, capsys):
         torch.save(wrong, path)
         with pytest.raises(UserError, match=r"--resume: .* is damaged or no checkpoint of this sc"):
             checkpoint.resume(here, into, more["identity"])
-    for content, message in (
-        (b"torn", "cannot be read|can be read safely"),
-        (None, "holds a list"),
-    ):
+    for content, message in ((b"torn", "can be read safely"), (None, "holds a list")):
         path.write_bytes(content) if content else torch.save([1], path)
         with pytest.raises(UserError, match=message):
             checkpoint.resume(here, parts(), more["identity"])
@@ -148,11 +197,9 @@ def test_encoders_of_every_origin(tmp_path, capsys):
     ours = perturbed(mirl.build_mirl("vit_nano"))
     state = ours.encoder.state_dict()
     mae = state | {"mask_token": torch.zeros(8), "decoder_blocks.0.norm1.weight": torch.ones(8)}
-    parallel = {f"module.{name}": x for name, x in mae.items()}
     save_model(tmp_path / "a.pt", ours.encoder)
     whole = dict(model=ours.state_dict(), config=dataclasses.asdict(ours.config))
-    forms = [load_file(tmp_path / "a.pt"), whole, mae, {"model": mae}, parallel]
-    for form in [*forms, {"state_dict": parallel, "epoch": 3}]:
+    for form in (load_file(tmp_path / "a.pt"), whole, mae, {"model": mae}):
         path = stored(tmp_path / "a.pt", form)
         for pool, missing, used in (("mean", HEAD, "76 of 80"), ("cls", HEAD[2:], "78 of 80")):
             model = vit(pool=pool)
@@ -164,16 +211,55 @@ def test_encoders_of_every_origin(tmp_path, capsys):
             assert ("; unused: norm.weight, norm.bias" in printed) == (pool == "mean")
 
 
-def test_classifiers_become_encoders(tmp_path):
-    """With learned positions, as timm has them; the head is taken where the classes are as many."""
+def wrapped(state, names):
+    """Tensors under these names: one with a dot begins each, one without is a dict in the file."""
+    for name in reversed(names.split()):
+        state = {name + k: x for k, x in state.items()} if name[-1] == "." else {name: state}
+    return state
+
+
+WRAPPERS = ("module.", "_orig_mod.", "module. _orig_mod.", "model _orig_mod. module.", "module")
+WRAPPERS += ("model_ema", "state_dict module.", "state_dict model.", "net", "teacher backbone.")
+WRAPPERS += ("student module. backbone.", "backbone.", "encoder.", "encoder vit. encoder.")
+
+
+@pytest.mark.parametrize("names", WRAPPERS)
+def test_wrapped_weights(tmp_path, names):
+    """By torch.compile, in parallel, by Lightning, by self-supervised learning, of an average."""
+    state = perturbed(vit(num_classes=10)).state_dict()
+    form = wrapped(state, names) | {"epoch": 3, "criterion.weight": torch.ones(10)}
+    path, model = stored(tmp_path / "a.pth", form), vit(num_classes=10)
+    assert load_encoder(model, path) == []
+    classifier, _ = conftest.finetuned("--from", path)
+    for found in (model, classifier):
+        assert all(torch.equal(state[k], x) for k, x in found.state_dict().items())
+    ours = perturbed(mirl.build_mirl("vit_nano"))
+    form = wrapped(ours.state_dict(), names) | dict(config=dataclasses.asdict(ours.config))
+    found = load_mirl(stored(tmp_path / "a.pt", form)).state_dict()
+    assert all(torch.equal(x, found[k]) for k, x in ours.state_dict().items())
+
+
+def test_several_weights_in_a_file(tmp_path, capsys):
+    state = vit().state_dict()
+    for taken, other in (
+        ("model", "model_ema"),
+        ("teacher", "student"),
+        ("state_dict", "average_model"),
+    ):
+        form = {other: {k: x + 1 for k, x in state.items()}, "none": None, taken: state}
+        model = vit()
+        load_encoder(model, stored(tmp_path / "a.pth", form))
+        assert torch.equal(model.cls_token, state["cls_token"])
+        assert f"takes the weights {taken}.*, not {other}.*" in capsys.readouterr().out
+
+
+def test_heads_of_other_classes(tmp_path):
+    """With learned positions, as timm has them."""
     state = perturbed(vit(pool="cls", num_classes=10)).state_dict()
     state["pos_embed"] = torch.randn_like(state["pos_embed"])
-    timm = stored(tmp_path / "timm.pth", state)
-    for classes, missing in ((10, []), (7, HEAD[2:])):
-        model = vit(pool="cls", num_classes=classes)
-        assert load_encoder(model, timm) == missing
-        assert all(torch.equal(state[k], x) for k, x in model.state_dict().items()
-                   if k not in missing)  # fmt: skip
+    model = vit(pool="cls", num_classes=7)
+    assert load_encoder(model, stored(tmp_path / "timm.pth", state)) == HEAD[2:]
+    assert all(torch.equal(state[k], x) for k, x in model.state_dict().items() if k not in HEAD)
 
 
 def test_other_grids(tmp_path, capsys):
@@ -217,10 +303,15 @@ def test_truncated_encoders(tmp_path, capsys):
 
 def test_files_that_fit_no_encoder(tmp_path):
     for state, message in (
-        ({"something": torch.ones(2)}, "a.pth holds no weights of a ViT"),
+        ({}, "a.pth holds no weights of a ViT under timm's names, .* but no tensors"),
+        ({"model": {"vit.cls_token": torch.ones(2)}}, "of a ViT .* but model.vit.cls_token"),
         (
             vit("vit_ti").state_dict(),
             r"--from \S+a.pth does not fit the model: cls_token is \(1, 1",
+        ),
+        (
+            vit().state_dict() | {"cls_token": torch.full((1, 1, 96), torch.nan)},
+            r"the model: cls_token holds NaN or infinity 96 times$",
         ),
         (vit().state_dict() | {"gate": torch.ones(2)}, r"gate is \(2,\) in it, missing in the mod"),
     ):
@@ -302,3 +393,20 @@ def test_a_fine_tuned_model_in_timm_and_back(tmp_path, pool, theirs):
         torch.testing.assert_close(ours(images), theirs(images))
         theirs.load_state_dict(torch.load(tmp_path / "raw-best.pt")["model"])
         torch.testing.assert_close(theirs(images), model(images))
+
+
+def test_a_file_of_timm_as_timm_writes_it_today(tmp_path):
+    """In safetensors, and for images of mean and deviation 0.5."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs, path = perturbed(timm_vit(num_classes=10)), tmp_path / "model.safetensors"
+    safetensors.save_file(theirs.state_dict(), path, metadata={"format": "pt"})
+    ours, _ = conftest.finetuned("--from", path)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
+        checkpoint.expect_imagenet(ours)
+        found = ours(normalise_images(255 * images))
+        torch.testing.assert_close(found, theirs((images - 0.5) / 0.5), rtol=1e-4, atol=1e-4)
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(UserError, match=r"it ends too early: download it again"):
+        load_file(path)

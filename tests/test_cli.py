@@ -1,12 +1,15 @@
 """The command line, how a script ends, devices and processes."""
 
+import os
 import re
+import subprocess
+import sys
 import time
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CPU, start, succeed
+from conftest import CPU, ROOT, TINY, start, succeed, write_images
 
 import train_finetune
 import train_pretrain
@@ -56,6 +59,31 @@ def test_how_a_script_ends(capsys, monkeypatch):
     assert cli.time.sleep.called
 
 
+def test_a_log_that_cannot_write_every_name(tmp_path):
+    write_images(tmp_path / "猫", 10)
+    (tmp_path / "猫" / "é.png").touch()
+    training = [f"--data={tmp_path}/猫", f"--out={tmp_path}/ö", "--workers=0", *TINY]
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii")
+    for flags, expected in ((["--help"], r"IMAGE\u2026"), (training, r"\u732b/\xe9.png cannot")):
+        command = [sys.executable, ROOT / "train_pretrain.py", *flags]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+    assert (tmp_path / "ö" / "encoder.pt").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", 2), ("RANK", 3)])
+def test_an_environment_that_is_torchruns_in_part(monkeypatch, name, value):
+    others = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    others.remove(name)
+    for other in others:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, name, value)
+    message = f"also needs {', '.join(others)} in its environment: start several with torchrun"
+    with pytest.raises(UserError, match=message), distributed.process_group("cpu"):
+        pass
+
+
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
 def test_what_precision_a_gpu_gets(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -68,9 +96,14 @@ def test_what_precision_a_gpu_gets(monkeypatch, capability, dtype):
             distributed.pick_dtype("bf16", device)
 
 
-def test_devices_of_several_processes(monkeypatch):
+def test_which_device(monkeypatch):
+    here = Mock(is_available=lambda: False)
+    monkeypatch.setattr(torch, "accelerator", here)
+    assert distributed.pick_device("auto") == CPU
     monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
-    assert distributed.pick_device("cpu") == CPU
+    here.is_available = lambda: True
+    here.current_accelerator = lambda: torch.device("mps")  # of which there is one
+    assert distributed.pick_device("auto") == distributed.pick_device("cpu") == CPU
     for flag in ("cuda:1", "mps"):
         with pytest.raises(UserError, match=f"--device {flag} is for one process"):
             distributed.pick_device(flag)

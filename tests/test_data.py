@@ -76,11 +76,10 @@ def test_every_kind_of_file_is_read_as_pil_reads_it(tmp_path):
     image = Image.fromarray(make_shapes(33, 0)[0][0].permute(1, 2, 0).numpy()).resize((45, 31))
     clear = image.copy()
     clear.putalpha(128)
-    deep = Image.fromarray(np.arange(31 * 45, dtype=np.uint16).reshape(31, 45))
     grey = image.convert("L")
     kinds = {"a.jpg": image, "grey.jpg": grey, "cmyk.jpg": image.convert("CMYK")}
     kinds |= {"a.png": image, "grey.png": grey, "palette.png": image.convert("P")}
-    kinds |= {"alpha.png": clear, "deep.png": deep, "bits.png": image.convert("1")}
+    kinds |= {"alpha.png": clear, "bits.png": image.convert("1"), "a.gif": image}
     kinds |= {"a.bmp": image, "a.tiff": image, "a.webp": image, "alpha.webp": clear}
     kinds |= {"猫 ö.png": image, "b\udcff.png": image, "png.jpg": image}  # one is no UTF-8
     for name, kind in kinds.items():
@@ -90,6 +89,41 @@ def test_every_kind_of_file_is_read_as_pil_reads_it(tmp_path):
         expected = TF.pil_to_tensor(Image.open(tmp_path / name).convert("RGB"))
         assert got.dtype == torch.uint8 and got.shape == (3, 31, 45), name
         assert (got.int() - expected.int()).abs().max() <= (2 if "jpg" in name else 0), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("png tif pgm", np.uint16([[0, 255, 256], [511, 40000, 65535]]), [0, 0, 1, 1, 156, 255]),
+        ("tif", np.float32([[0, 0.002, 0.25], [0.5, 0.75, 1]]), [0, 1, 64, 128, 191, 255]),
+        ("tif", np.float32([[0, 80]]), None),  # who knows what is white?
+        ("tif", np.float32([[-1, 1]]), None),
+        ("tif", np.float32([[0, np.nan]]), None),
+        ("tif", np.int32([[0, 255]]), None),
+    ],
+)
+def test_images_of_more_than_8_bits_keep_their_content(tmp_path, kind, values, expected):
+    for name in (f"a.{k}" for k in kind.split()):
+        Image.fromarray(values).save(tmp_path / name)
+        got = data.read_image(str(tmp_path / name))
+        if expected is None:
+            assert got is None
+        else:
+            assert got.dtype == torch.uint8 and got.flatten(1).tolist() == [expected] * 3, name
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_photos_given_to_a_flag_are_upright(tmp_path, kind):
+    """Data are not turned, as by torchvision's ImageFolder."""
+    image = TF.to_pil_image(make_shapes(33, 0)[0][0]).resize((45, 31))
+    for orientation in (1, 3, 6):
+        exif, path = Image.Exif(), str(tmp_path / f"{orientation}.{kind}")
+        exif[0x0112] = orientation
+        image.save(path, exif=exif)
+        stored, (upright,) = data.read_image(path), data.read_images("--predict", [path])
+        assert stored.shape == (3, 31, 45)
+        turned = {1: stored, 3: stored.rot90(2, (1, 2)), 6: stored.rot90(-1, (1, 2))}
+        torch.testing.assert_close(upright, turned[orientation], atol=0, rtol=0)
 
 
 def test_what_cannot_be_read_is_none(tmp_path):
@@ -147,6 +181,62 @@ def test_folders(tmp_path):
         splits = [{x.name(i) for i in range(len(x))} for x in load(name)]
         assert [len(names) for names in splits] == counts and not set.intersection(*splits)
         assert max(splits[1]).endswith(last)
+
+
+def test_names_that_systems_leave_are_no_data(tmp_path, capsys):
+    for split in ("train", "val"):
+        write_images(tmp_path / split / "cat" / "deep", 2)
+        for name in (".ipynb_checkpoints", "__MACOSX", "cat/deep/@eaDir", "$Recycle.Bin/x/y"):
+            write_images(tmp_path / split / name, 1)
+        for name in ("cat/._000.png", "cat/Thumbs.db", "cat/README", "labels.json"):
+            (tmp_path / split / name).write_bytes(b"no image")
+    for split in ("train", "val"):
+        found = data.load_folder(tmp_path, split)
+        assert (found.classes, found.labels.tolist()) == (["cat"], [0, 0])
+    assert len(files(tmp_path / "train")) + 1 == len(data.files_in(tmp_path / "train")) == 2
+    assert not capsys.readouterr().out
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    def told(folder):
+        for split in ("train", "val"):
+            data.load_folder(folder, split)
+        return [x.removeprefix("warning: ") for x in capsys.readouterr().out.splitlines()]
+
+    for split in ("train", "val", "test"):
+        write_images(tmp_path / split / "cat", 2)
+    for name in ("eel", "dog"):
+        (tmp_path / "train" / name).mkdir()
+    assert told(tmp_path) == [
+        f"{tmp_path}/train: classes without an image, which the head has all the same: 2, the "
+        "first is dog"
+    ]
+    for name in ("dog/b.heic", "dog/a.zip", "dog/c.GIF", "eel/d.jp2"):
+        (tmp_path / "train" / name).touch()
+    assert data.load_folder(tmp_path, "train").labels.tolist() == [0, 0, 1, 2]
+    kinds = f"{tmp_path}/train: files of other kinds left out: 2, the first is dog/a.zip"
+    assert told(tmp_path) == [kinds]  # once, and what PIL reads is data
+    (tmp_path / "train").rename(tmp_path / "flat")
+    assert told(tmp_path / "flat") == [kinds.replace("train", "flat")]  # of both splits, once
+    write_images(tmp_path / "boats" / "train", 3)
+    write_images(tmp_path / "boats" / "canoe", 3)
+    (tmp_path / "boats" / "a.jpg").touch()
+    beside = "folders and images beside train/ left out: 2, the first is canoe"
+    assert told(tmp_path / "boats") == [f"{tmp_path}/boats: {beside}"]
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val"])
+def test_a_validation_split_by_other_names_or_alone(tmp_path, name):
+    for folder in ("train/cat", "train/dog", f"{name}/dog"):
+        write_images(tmp_path / folder, 2)
+    train, val = (data.load_folder(tmp_path, split) for split in ("train", "val"))
+    assert train.classes == val.classes == ["cat", "dog"] and train.labels.tolist() == [0, 0, 1, 1]
+    assert val.labels.tolist() == [1, 1]
+    (tmp_path / "train").rename(tmp_path / "test")  # which is nobody's
+    alone = data.load_folder(tmp_path, "val")
+    assert alone.classes == ["dog"] and alone.labels.tolist() == [0, 0]
+    (tmp_path / "test").rename(tmp_path / "bird")  # then it is a class among others
+    assert len(files(tmp_path)) == 5 and not files(tmp_path).classes
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -333,3 +423,14 @@ def test_validation_images_are_whole_and_in_order(tmp_path):
     for side, left in ((96, 120 * (1 - 48 / 110)), (60, 60)):
         crop = data.center_crop((side, side))(ramp)
         assert crop.shape == (3, side, side) and abs(int(crop[0, 0, 0]) - left) < 1.5
+
+
+def test_a_line_of_pixels_is_cropped_before_it_is_resized():
+    crop = data.center_crop((96, 96))
+    for size in ((1, 1200), (20000, 2)):
+        assert crop(torch.full((3, *size), 7, dtype=torch.uint8)).unique().tolist() == [7]
+    image = torch.randint(256, (3, 9, 400), dtype=torch.uint8)
+    for length in (144, 400):  # up to 16 times as long as wide it is as ever
+        part = image[..., :length]
+        whole = v2.Compose(crop.transforms[1:])(part)
+        assert (crop(part).int() - whole.int()).abs().max() <= 2 * (length > 144)

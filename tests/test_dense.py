@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,8 +252,7 @@ def damage(root, task):
         return path.write_bytes(path.read_bytes()[:80])
     file = root / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
-    for x in content["annotations"]:
-        x["segmentation"]["counts"][0] += x["image_id"] == 4
+    content["images"][3]["height"] += 1
     file.write_text(json.dumps(content))
 
 
@@ -272,10 +272,13 @@ def test_what_cannot_be_read_is_replaced_and_named(tmp_path, monkeypatch, capsys
     for a, b in ((1, 2), (3, 4)):
         x, y = targets[a], targets[b]
         assert torch.equal(x, y) if task == "segment" else x["image_id"] == y["image_id"]
-    told = "warning: {} or its annotation cannot be read: another image is in its place"
-    names = [Path(data.name(i).removesuffix(" or its annotation")) for i in (1, 3)]
-    assert all(name.is_file() for name in names)
-    assert capsys.readouterr().out.splitlines() == [told.format(name) for name in names] * 2
+    told = "warning: {} cannot be read: another image is in its place"
+    names = [data.name(i) for i in (1, 3)]
+    assert all(Path(re.split(r" or its| \(64", name)[0]).is_file() for name in names)
+    assert task == "segment" or names[1].endswith(
+        "/00004.png (64 x 64 pixels) or its annotation (64 x 65)"
+    )
+    assert capsys.readouterr().out.splitlines()[-4:] == [told.format(name) for name in names] * 2
     assert one.dataset.broken == {data.name(1), data.name(3)}
 
 

@@ -10,12 +10,13 @@ import torch
 import torch.nn as nn
 import torchvision
 from conftest import CPU, coco, start, succeed
+from PIL import Image
 from test_dense import loader, noise, vit
 
 import mirl
 import train_finetune
 from common import distributed
-from common.data import normalise_images
+from common.data import AugmentedImages, normalise_images, read_image
 from common.distributed import RANK, gather
 from common.metrics import parameter_groups
 from mirl import UserError
@@ -74,7 +75,7 @@ def test_coco(tmp_path):
     swapped = train.select(torch.tensor([1, 0]))
     assert swapped.read(1)[1]["image_id"] == 139 and swapped.digest() != train.digest()
     assert [swapped.name(1), train.name(1)] == [
-        f"{tmp_path}/train/train2017/{name}.jpg or its annotation"
+        f"{tmp_path}/train/train2017/{name}.jpg (45 x 31 pixels) or its annotation (45 x 31)"
         for name in ("000000000139", "000000000724")
     ]
 
@@ -129,25 +130,58 @@ def test_polygons():
         assert ((seen > 0) & inside).sum() > 0.93 * ((seen > 0) | inside).sum()
 
 
+FULL = coco_mask.encode(np.ones((31, 46), np.uint8, "F"))["counts"].decode()
+SQUARE = [5, 4, 25, 4, 25, 14]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(size=[31, 45], counts=[1000, 396]),  # a pixel more than there are
-        dict(size=[31, 45], counts=[1000, 394]),
-        dict(size=[45, 31], counts=[1000, 395]),
-        coco_mask.encode(np.ones((31, 46), np.uint8, "F")) | dict(size=[31, 45]),
-        dict(size=[31, 45]),
-        [[1, 2]],
-        [["a"] * 6],
-        "polygon",
+        dict(segmentation=dict(size=[31, 45], counts=[1000, 396])),  # a pixel more than there are
+        dict(segmentation=dict(size=[31, 45], counts=[1000, 394])),
+        dict(segmentation=dict(size=[31, 45], counts=[1400, -5])),
+        dict(segmentation=dict(size=[45, 31], counts=[1000, 395])),
+        dict(segmentation=dict(size=[31, 45], counts=FULL)),
+        dict(segmentation=dict(size=[31, 45])),
+        *(dict(segmentation=x) for x in ([], None, [[1, 2]], [["a"] * 6], "polygon", SQUARE)),
+        *(dict(segmentation=[SQUARE, x]) for x in ([1, 2, 3, 4], [*SQUARE, 5], [2e8, *SQUARE[1:]])),
+        dict(segmentation=[[math.nan, *SQUARE[1:]]]),
+        *(dict(bbox=x) for x in (None, [], [1, 2, -3, 4], [1, 2, 2e8, 4], [math.nan, 2, 3, 4])),
     ],
 )
-def test_a_wrong_segmentation_makes_an_image_unreadable(tmp_path, wrong):
-    if isinstance(wrong, dict) and isinstance(wrong.get("counts"), bytes):
-        wrong["counts"] = wrong["counts"].decode()
-    edit = {"segmentation": wrong}
-    data = load_coco(coco(tmp_path / "a", lambda c: c["annotations"][0].update(edit)), "train")
-    assert data.read(0) is None and data.read(1) is not None
+def test_an_object_that_cannot_be_drawn_costs_no_image(tmp_path, capsys, wrong):
+    """Neither in training nor in the evaluation, which pycocotools would not survive."""
+    root = coco(tmp_path / "a", lambda c: c["annotations"][0].update(wrong))
+    train, val = (load_coco(root, split) for split in ("train", "val"))
+    assert train.read(0)[1]["labels"].tolist() == [1] and len(train.read(1)[1]["labels"]) == 1
+    told = "warning: 1 objects in {}/annotations/instances_{}2017.json have no box or segmentation "
+    told += "that can be drawn, the first of 000000000139.jpg: left out"
+    said = capsys.readouterr().out.splitlines()
+    assert said == [told.format(root, split) for split in ("train", "val")]
+    assert 0 <= coco_scores([(i, []) for i in (139, 285, 724)], val)["mask_ap"] < 1
+
+
+def turned(content):
+    for image in content["images"]:
+        image.update(height=45, width=31)
+
+
+def test_the_size_of_an_image_is_its_annotations(tmp_path):
+    """An EXIF orientation is followed where that makes them agree."""
+    data, plain = (load_coco(coco(tmp_path / x, turned), "train") for x in ("a", "b"))
+    for i, orientation in enumerate((6, 3)):
+        path, exif = data.name(i).split(" (")[0], Image.Exif()
+        exif[0x0112] = orientation
+        with Image.open(path) as image:
+            image.save(path, exif=exif)
+    stored = read_image(data.name(0).split(" (")[0])
+    image, target = data.read(0)
+    assert torch.equal(image, stored.rot90(-1, (1, 2))) and target["masks"].shape == (2, 45, 31)
+    assert data.read(1) is None and plain.read(0) is None
+    with pytest.raises(
+        UserError, match=r"none of .* \(45 x 31 pixels\) or its annotation \(31 x 45"
+    ):
+        AugmentedImages(plain, None)
 
 
 NOT_COCO = "train2017.json is no file of COCO's instances"
@@ -161,8 +195,13 @@ NOT_COCO = "train2017.json is no file of COCO's instances"
         (lambda c: c.update(images=[], annotations=[]), "names no images"),
         (lambda c: c.update(annotations=[]), "has no annotation of any image"),
         (lambda c: c["images"][0].update(width=0), "an image without size"),
+        (lambda c: c["images"][0].update(id=285), "two images of the id .285."),
+        (
+            lambda c: c["images"].append(dict(c["images"][0], id=1)),
+            "has two images of the name .'0+139.jpg",
+        ),
+        (lambda c: c["categories"][0].update(id=3), "has two categories of the id .3."),
         (lambda c: c["images"][0].update(file_name="x.jpg"), "the image .'x.jpg'., which is not i"),
-        (lambda c: c["annotations"][0].update(segmentation=[]), "an object without segmentation"),
         (lambda c: c["annotations"][0].update(image_id=5), r"of image \[5\], which it does not li"),
         (lambda c: c["annotations"][0].update(category_id=77), r"of category \[77\], which it do"),
     ],
@@ -329,10 +368,14 @@ def knowing(data, *shifts):
 
 
 def findable(content):
-    """What is beyond the edges or without width is no object that can be found."""
-    del content["annotations"][1:3]
-    for i, annotation in enumerate(content["annotations"]):  # COCOeval misreads an id of 0
-        annotation["id"] = i
+    """What is beyond the edges or without width is no object that can be found. What an evaluation
+    needs beside the objects themselves is made up."""
+    del content["annotations"][1:3], content["info"]
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["id"] = 0
+        del annotation["area"]
+        if not i % 2:
+            del annotation["iscrowd"], annotation["id"]
 
 
 def test_average_precision_of_perfect_and_of_shifted_objects(tmp_path, capsys):
@@ -351,7 +394,7 @@ def test_average_precision_of_perfect_and_of_shifted_objects(tmp_path, capsys):
     assert 30 <= shifted["mask_ap"] < 50 and wrong["box_ap50"] == 0
     assert capsys.readouterr().out == ""
     # an image that cannot be read counts for nothing: one of the two objects is left
-    Path(data.name(1).removesuffix(" or its annotation")).write_bytes(b"no image")
+    Path(data.name(1).split(" (")[0]).write_bytes(b"no image")
     one = answers(lambda images: [perfect(data, 0, 3) for _ in images])
     [left] = task().evaluate([one], loader(data, task().transform(None, False), keep_labels=False))
     assert left["box_ap"] == pytest.approx(50)
@@ -378,12 +421,11 @@ def scenes(tmp_path_factory):
 
 def test_average_precision_is_over_the_images_that_were_looked_at(scenes):
     data = load_coco(scenes, "train")
-    file = annotation_file(data.root)
     found = [(i + 1, detections(perfect(data, i))) for i in range(12)]
-    assert {round(x, 6) for x in coco_scores(found, file).values()} == {100}
-    assert coco_scores(found[:4], file)["mask_ap"] == pytest.approx(100)
-    assert 0 < coco_scores([*found[:4], (5, [])], file)["mask_ap"] < 99
-    assert coco_scores([(i, []) for i, _ in found], file)["box_ap"] == 0
+    assert {round(x, 6) for x in coco_scores(found, data).values()} == {100}
+    assert coco_scores(found[:4], data)["mask_ap"] == pytest.approx(100)
+    assert 0 < coco_scores([*found[:4], (5, [])], data)["mask_ap"] < 99
+    assert coco_scores([(i, []) for i, _ in found], data)["box_ap"] == 0
 
 
 def in_each_of_two_processes(root, expected):
@@ -427,10 +469,9 @@ def test_two_processes(scenes):
     images = loader(data, task().transform(None, False), 2, keep_labels=False)
     model = knowing(data, 0, 3, 1)
     [scores] = task().evaluate([model], images)
-    file = annotation_file(data.root)
     for part in ([0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11], range(12)):
         found = [(i + 1, detections(perfect(data, i, (0, 3, 1)[i % 3]))) for i in part]
-        alone = coco_scores(found, file)
+        alone = coco_scores(found, data)
         assert 20 < alone["box_ap"] < 95
         assert (abs(alone["box_ap"] - scores["box_ap"]) < 1e-9) == (len(part) == 12)
     code = "import pathlib, test_detection as t\n"

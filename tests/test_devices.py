@@ -34,6 +34,12 @@ TINY = SMALL | dict(depth=2)
 
 @pytest.fixture
 def fake():
+    with FakeTensorMode():
+        x = torch.ones(1, 2, 4, 8, device=CUDA)
+        try:
+            nn.functional.scaled_dot_product_attention(x, x, x)
+        except RuntimeError:
+            pytest.skip("this version of torch asks the driver, also for fake tensors")
     yield FakeTensorMode()
     mirl.imagenet_statistics.cache_clear()  # fake tensors must not outlive the mode
 
@@ -168,6 +174,8 @@ COMPILED = {k: PRETRAINED[k] for k in ("mirl", "mae", "dagger and infonce")} | {
 @pytest.mark.parametrize("name", COMPILED)
 def test_there_are_no_graph_breaks(name):
     """A break is where torch.compile leaves the graph for Python, and waits for the device."""
+    if name == "dagger and infonce" and torch.__version__ < (2, 7):
+        pytest.skip("this version of torch breaks at tuples with names")
     torch._dynamo.reset()
     images = some_images("cpu", size=64 if name == "upernet" else 32)
     torch.compile(COMPILED[name](), backend="eager", fullgraph=True)(images)  # raises at a break

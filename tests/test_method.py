@@ -436,6 +436,7 @@ def test_initial_weights():
     assert vit.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="breaks at tuples with names")
 def test_torch_compile_meets_no_graph_break():
     config = mirl.model_config("vit_nano", **(SMALL | dict(depth=2)))
     model = mirl.ExtendedMIRL(config, mirl.Objectives(omega=0.1, feature=0.1))  # with a ViT in it

@@ -108,6 +108,11 @@ def test_a_log_tells_means_speed_and_waiting(tmp_path, clock, capsys):
     assert printed[1] == "epoch 1/2  step 2/10  loss 1.5000  lr 5.00e-01  1 img/s  01:04 left"
 
 
+def test_a_log_that_is_gone_begins_anew(tmp_path):
+    log = new_log(tmp_path, dict(epoch=1, history=[dict(loss=1)], written=99))
+    assert log.path.read_bytes() == b"" and log.step == 5 and log.history == [dict(loss=1)]
+
+
 def test_what_is_no_number_in_json_and_what_ends_a_run(tmp_path, clock):
     log = new_log(tmp_path, log_every=1)
     log.start_epoch(1)

@@ -30,12 +30,12 @@ def test_the_files_that_are_linked_exist():
 
 def test_the_flags_named_exist(capsys):
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    torchruns = {"--nproc-per-node", "--nnodes", "--max-restarts"}
+    torchruns = {"--help", "--nproc-per-node", "--nnodes", "--max-restarts"}
     torchruns |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
     for script in (train_pretrain, train_finetune, eval_speed):
         with pytest.raises(SystemExit):
             script.parse(["--help"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  -")]
     flags = {flag for line in lines for flag in re.findall(r"--[a-z][a-z-]+", line)}
     assert len(flags) > 70 and named - torchruns <= flags
 

@@ -58,10 +58,29 @@ def test_labels_outside_the_range_are_named(tmp_path):
     assert data.read(0)[1].unique().tolist() == [0, 1, 255]
     with pytest.raises(UserError, match=r"00000001\.png has the label .*the classes are 1 to 2"):
         data.read(1)
-    for image in (Image.new("L", (7, 5)), Image.new("RGB", (40, 30))):
+    for image in (Image.new("L", (7, 5)), Image.new("L", (30, 40)), Image.new("RGB", (40, 30))):
         image.save(file)
         with pytest.raises(UserError, match=r"0\.png is no map of one label for each pixel"):
             data.read(0)
+
+
+def test_a_photo_lies_as_its_labels_do_and_two_of_one_name_are_one(tmp_path, capsys):
+    images = ade(tmp_path) / "images" / "training"
+    file = tmp_path / "annotations" / "training" / "ADE_train_00000001.png"
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    with Image.open(images / "ADE_train_00000001.jpg") as image:
+        image.rotate(-90, expand=True).save(images / "ADE_train_00000001.jpg", exif=exif)
+        image.save(images / "ADE_train_00000002.png")
+    data = load_ade20k(tmp_path, "train")
+    assert len(data) == 3 and data.read(1)[0].shape == (3, 30, 40)
+    told = "warning: 1 files in {} have the name of another one but for its ending, the first {}"
+    told = told.format(images, "ADE_train_00000002.png: left out\n")
+    assert capsys.readouterr().out == told
+    for size, read in (((1280, 40), True), ((1281, 40), False), ((1, 40), False)):
+        Image.new("RGB", size).save(images / "ADE_train_00000001.jpg")
+        Image.new("L", size).save(file)
+        assert (data.read(1) is not None) == read
 
 
 @pytest.mark.parametrize(

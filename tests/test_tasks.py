@@ -1,9 +1,12 @@
 """train_finetune.py from end to end: all its tasks, segmentation and detection above all."""
 
 import importlib.util
+import json
+import math
 from functools import partial
 
 import conftest
+import numpy as np
 import pytest
 import torch
 from conftest import ade, assert_same_run, at_batch, coco, finetuned, last_line, metrics
@@ -105,11 +108,15 @@ def test_detection_logs_the_terms_of_its_loss(folder):
 
 
 @each
-def test_resume_is_exact(folder, task, tmp_path, capsys):
-    """Also with worker processes, which the first run had none of."""
+def test_resume_is_exact(folder, task, tmp_path, capsys, monkeypatch):
+    """Also after an evaluation that failed, and with workers, which the first run had none of."""
     flags = [*TRAIN, *FLAGS[task], "--data-dir", folder, "--out", tmp_path / "run"]
-    with at_batch(train_finetune, 1, 1, conftest.interrupt):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_finetune.TASKS[task], "evaluate", conftest.interrupt)
         assert finetune(*flags) == 130
+        assert finetune(*flags, "--resume") == 130
+    with at_batch(train_finetune, 1, 1, conftest.interrupt):
+        assert finetune(*flags, "--resume") == 130
     for _ in range(2):  # once more, and there is nothing left to do
         assert finetune(*flags, "--resume", "--workers", 1) == 0
     files = ["raw-last.pt", "ema-last.pt", "ema-best.pt"]
@@ -181,6 +188,82 @@ def test_what_is_refused_before_anything_is_written(folder, tmp_path, capsys, mo
     said = "error: --task detect needs pycocotools: pip install -e '.[coco]'\n"
     assert capsys.readouterr().err == said
     assert not list(tmp_path.iterdir())
+
+
+def edit_coco(root, split, edit):
+    file = root / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+def only(*labels):
+    """Label maps that hold nothing else."""
+
+    def change(root, split):
+        part = dict(train="training", val="validation")[split]
+        for path in (root / "annotations" / part).iterdir():
+            Image.fromarray(np.resize(np.array(labels, np.uint8), (30, 40))).save(path)
+
+    return change
+
+
+def crowds(root, split):
+    edit_coco(root, split, lambda c: [x.update(iscrowd=1) for x in c["annotations"]])
+
+
+def kinds(*names):
+    change = [dict(id=i, name=name) for i, name in zip((1, 3, 90), names)]
+    return lambda root, split: edit_coco(root, split, lambda c: c.update(categories=change))
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "change", "sentence"),
+    [
+        ("segment", "train", only(0, 255), "no pixel of train counts: its annotations hold nothin"),
+        ("segment", "val", only(255), "and the classes are 1 to 150"),
+        ("segment", "val", only(3, 151), "00000000.png has the label [151]: the classes are 1 to"),
+        ("detect", "train", crowds, "none of the 2 train images has an object that counts"),
+        ("detect", "val", crowds, "none of the 3 val images has an object that counts: it"),
+        (
+            "detect",
+            "val",
+            kinds("person", "emu", "toothbrush"),
+            "in classes: ['car', 'emu']",
+        ),
+        ("detect", "train", kinds("car", "person", "toothbrush"), "classes: their order"),
+    ],
+)
+def test_data_that_is_refused_before_training(tmp_path, capsys, task, split, change, sentence):
+    if task == "detect":
+        pytest.importorskip("pycocotools")
+    data = dict(segment=ade, detect=coco)[task](tmp_path / "data")
+    change(data, split)
+    flags = [*TRAIN, *FLAGS[task], "--data", data, "--out", tmp_path / "run"]
+    assert finetune(*flags) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@both
+def test_an_evaluation(folder, task, tmp_path, capsys, monkeypatch):
+    """Scores that do not exist are JSON's null; the device takes as many images as it may."""
+    seen = []
+
+    def evaluate(self, models, loader):
+        seen.append(loader.batch_size)
+        return [dict(miou=math.nan, aacc=50.0)]
+
+    monkeypatch.setattr(train_finetune.TASKS[task], "evaluate", evaluate)
+    flags = ["--eval", "--task", task, "--data-dir", folder]
+    flags += ["--from", folder / task / "raw-last.pt", "--device-batch-size"]
+    for size in (3, 10**6):
+        assert finetune(*flags, size) == 0
+        assert capsys.readouterr().out == '{"miou": null, "aacc": 50.0}\n'
+    assert seen == [3, 128 * 196 // 64]
+    Image.new("RGB", (2, 20000)).save(tmp_path / "a.png")
+    assert finetune(*flags[1:-1], "--predict", tmp_path / "a.png") == 2
+    assert "a.png'] is over 32 times as long as wide" in capsys.readouterr().err
 
 
 # -- the paper's recipes --
