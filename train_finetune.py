@@ -141,6 +141,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
          help="weights to start from: a pre-training checkpoint, an encoder.pt, a fine-tuned "
          "model, or the authors', timm's or MAE's weights; scratch for random ones. Default: "
          "runs/mirl-quick/encoder.pt where it is there and the recipe is quick, else scratch")
+    flag("--normalize", choices=("imagenet", "half"), default="imagenet",
+         help="the images that weights of others in --from were made for: of ImageNet's mean and "
+         "deviation, or, as most of timm's ViTs, of 0.5 for both (half); default imagenet")
     flag("--truncated", action=switch, default=False,
          help="allow --from to have fewer blocks than the model; the last ones start at random")
     flag("--eval", action=switch, default=False,
@@ -418,6 +421,8 @@ def new_vit(args: argparse.Namespace, classes: int) -> mirl.ViT:
         say("from scratch: all weights at random")
     else:
         checkpoint.load_encoder(vit, args.from_, args.truncated)
+        if args.normalize == "half":
+            checkpoint.expect_imagenet(vit)
     return vit
 
 
@@ -442,6 +447,8 @@ def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
     if wanted == "classify" and not saved.keys() & {"config", "classes"}:
         weights = checkpoint.named_tensors(saved)
         vit = checkpoint.load_classifier(weights, task.args.model, path)
+        if task.args.normalize == "half":
+            checkpoint.expect_imagenet(vit)
         return vit.to(task.device).eval(), None
     if "history" in saved and isinstance(saved.get("args"), dict):  # an older checkpoint's flags
         saved |= {k: v for k, v in saved["args"].items() if k in ("task", "head_width")}
@@ -451,9 +458,10 @@ def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
         classes = saved["classes"]
         vit = mirl.ViT(mirl.Config(**saved["config"]))
         model = task.model(vit, len(classes), saved.get("head_width"))
-        model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, AttributeError, RuntimeError):
+        weights = saved["model"]
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"--from {path} is no model that this script fine-tuned") from None
+    checkpoint.load_weights(model, weights, f"--from {path}")
     return model.to(task.device).eval(), classes
 
 
@@ -479,7 +487,10 @@ def predict(task: Classification) -> None:
         "--predict: two of the files have one name, and so would their pictures: give them apart",
     )
     thin = [path for path, image in zip(task.args.predict, images) if is_thin(image)]
-    require(not thin, f"--predict: {thin[:1]} is over 32 times as long as wide, or wide as long")
+    require(
+        not thin or task.args.task == "classify",
+        f"--predict: {thin[:1]} is over 32 times as long as wide, or wide as long",
+    )
     model, classes = finetuned_model(task)
     if classes is None:
         imagenet = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]

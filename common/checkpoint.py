@@ -325,7 +325,10 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
             "{}: no model has {} blocks of width {} in {} segments, so its heads are not known: "
             "give heads and decoder_heads".format(path, *size),
         )
-    model = mirl.MIRL(Config(**fields | overrides))
+    try:
+        model = mirl.MIRL(Config(**fields | overrides))
+    except TypeError:
+        raise UserError(f"{path} has a config that is no model's: {fields!s:.80}") from None
     load_weights(model, weights, path, ("feature_", "momentum_encoder."))  # of further objectives
     return model
 

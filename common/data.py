@@ -353,15 +353,17 @@ def make_loader(
         sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # else it draws from the one that masks come from
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
 
 
-def ignore_interrupts(worker: int) -> None:
+def start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    # a list of tensors is sent as many, and as open files they would be more than there may be
+    torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Any, Any]]:
@@ -379,7 +381,7 @@ def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Any, Any
     dataset = loader.dataset
     names = {dataset.data.name(i) for i in set().union(*gather(found))}
     for name in sorted(names - dataset.broken):
-        say(f"warning: {name} cannot be read: another image is in its place")
+        say(f"warning: {name} cannot be used: another image is in its place")
     dataset.broken |= names
 
 

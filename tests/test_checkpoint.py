@@ -151,6 +151,7 @@ def test_what_makes_a_run_and_what_may_change():
     args = vars(train_pretrain.parse([])) | vars(train_finetune.parse(["--from", "scratch"]))
     may = "resume out recipe data data_dir from_ truncated device dtype device_batch_size compile "
     may += "workers log_every tensorboard log_grad_norms picture_every picture_pair vgg_checkpoint"
+    may += " normalize"
     config, more = {f.name for f in dataclasses.fields(mirl.Config)}, "training_images data_digest"
     identity = checkpoint.identity(argparse.Namespace(**args), mirl.Config(), shapes)
     assert identity.keys() == args.keys() - {*may.split()} | config | {*more.split()}

@@ -277,7 +277,7 @@ def test_what_cannot_be_read_does_not_count_in_an_evaluation(tmp_path, capsys):
     epochs = metrics(tmp_path / "run", "epoch")
     assert [m["raw_val_images"] for m in epochs] == [32, 32]
     assert epochs[-1]["corrupt_files"] == 2
-    assert capsys.readouterr().out.count("cannot be read: another image is in its place") == 2
+    assert capsys.readouterr().out.count("cannot be used: another image is in its place") == 2
 
 
 def test_images_without_labels(tmp_path, capsys):

@@ -398,7 +398,7 @@ def test_a_corrupt_image_is_replaced_named_once_and_counted(tmp_path, capsys, wo
     for number in range(3):
         assert sum(len(images) for images, _ in epoch(one, number)) == 16
     printed = capsys.readouterr().out.splitlines()
-    told = "warning: {} cannot be read: another image is in its place"
+    told = "warning: {} cannot be used: another image is in its place"
     assert printed == [told.format(folder / name) for name in bad]
     assert one.dataset.broken == {str(folder / name) for name in bad}
 

@@ -272,7 +272,7 @@ def test_what_cannot_be_read_is_replaced_and_named(tmp_path, monkeypatch, capsys
     for a, b in ((1, 2), (3, 4)):
         x, y = targets[a], targets[b]
         assert torch.equal(x, y) if task == "segment" else x["image_id"] == y["image_id"]
-    told = "warning: {} cannot be read: another image is in its place"
+    told = "warning: {} cannot be used: another image is in its place"
     names = [data.name(i) for i in (1, 3)]
     assert all(Path(re.split(r" or its| \(64", name)[0]).is_file() for name in names)
     assert task == "segment" or names[1].endswith(

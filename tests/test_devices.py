@@ -40,8 +40,9 @@ def fake():
             nn.functional.scaled_dot_product_attention(x, x, x)
         except RuntimeError:
             pytest.skip("this version of torch asks the driver, also for fake tensors")
+    mirl.imagenet_statistics.cache_clear()  # real and fake tensors must not meet
     yield FakeTensorMode()
-    mirl.imagenet_statistics.cache_clear()  # fake tensors must not outlive the mode
+    mirl.imagenet_statistics.cache_clear()
 
 
 def on_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -507,7 +507,7 @@ def test_the_script_under_torchrun(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    warned = re.findall(r"(\w+.png) cannot be read", done.stdout)
+    warned = re.findall(r"(\w+.png) cannot be used", done.stdout)
     assert len(warned) == len(set(warned)) == metrics(tmp_path / "run", "epoch")[1]["corrupt_files"]
     assert len(warned) == 10 and "Warning" not in done.stderr
     assert "effective batch 8 = 2 process(es) x 4 images x 1 accumulated" in done.stdout
