@@ -32,7 +32,6 @@ raw-last.pt, raw-best.pt, ema-last.pt, ema-best.pt.
 import argparse
 import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -193,17 +192,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse(argv)
     recipe = RECIPES.get(f"{args.recipe}-{args.task}", RECIPES[args.recipe])
     made_for = recipe.get("task", "classify")
-    require(
-        made_for == args.task, f"--recipe {args.recipe} is for --task {made_for}, not {args.task}"
-    )
+    require(made_for == args.task,
+            f"--recipe {args.recipe} is for --task {made_for}, not {args.task}")
     # no option without effect
     classify = ["randaug", "mixup", "cutmix", "erasing", "label_smoothing", "pool", "protocol"]
     foreign = dict(classify=["head_width", "slide"], segment=classify, detect=[*classify, "slide"])
-    given = [
-        "--" + name.replace("_", "-")
-        for name in foreign[args.task]
-        if (getattr(args, name) or 0) != (parser.get_default(name) or 0)
-    ]
+    given = ["--" + name.replace("_", "-") for name in foreign[args.task]
+             if (getattr(args, name) or 0) != (parser.get_default(name) or 0)]
     require(not given, f"{', '.join(given)}: not for --task {args.task}")
     if args.task != "classify":
         deep = args.model in ("vit_s_54", "vit_b_48")
@@ -216,14 +211,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     quick = Path("runs/mirl-quick/encoder.pt")
     if args.from_ is None:
         args.from_ = str(quick) if args.recipe == "quick" and quick.exists() else "scratch"
-    require(
-        args.eval + bool(args.predict) + (args.protocol != "finetune") <= 1,
-        "--eval, --predict and --protocol exclude each other: give one of them",
-    )
-    require(
-        not (args.eval or args.predict) or args.from_ != "scratch",
-        "--eval and --predict need --from, a fine-tuned model",
-    )
+    require(args.eval + bool(args.predict) + (args.protocol != "finetune") <= 1,
+            "--eval, --predict and --protocol exclude each other: give one of them")
+    require(not (args.eval or args.predict) or args.from_ != "scratch",
+            "--eval and --predict need --from, a fine-tuned model")
     settle(args, f"runs/{'finetune' if args.task == 'classify' else args.task}-{args.recipe}")
     return args
 # fmt: on
@@ -288,6 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         parts |= dict(average=average) if average else {}
         identity = checkpoint.identity(args, config, train)
         about = dict(classes=train.classes, task=args.task, head_width=args.head_width)
+        about |= dict(config=dataclasses.asdict(config))
         saved = checkpoint.resume(args.out, parts, identity) if args.resume else {}
         log.start(saved, model, device)
         if args.compile:
@@ -295,15 +287,14 @@ def main(argv: list[str] | None = None) -> None:
         wrapped = data_parallel(model, device)
 
         def save(epoch: int, **more) -> None:
-            more |= about | dict(epoch=epoch, history=log.history, written=log.written)
-            fields = dataclasses.asdict(config)
-            checkpoint.save_checkpoint(args.out, parts, identity=identity, config=fields, **more)
+            more |= about | dict(identity=identity, history=log.history, written=log.written)
+            checkpoint.save_checkpoint(args.out, parts, epoch=epoch, **more)
 
         def score(epoch: int, trained: dict) -> None:
-            found, more = task.evaluate([*models.values()], val_loader), about | dict(epoch=epoch)
-            scores = dict(zip(models, found, strict=True))
-            for name, scored in models.items():
-                keep_best(args.out, name, scored, scores[name], task.best, log.history, more)
+            scores = dict(zip(models, task.evaluate([*models.values()], val_loader), strict=True))
+            for name, values in scores.items():
+                more = about | dict(epoch=epoch) | values
+                keep_best(args.out, name, models[name], more, task.best, log.history)
             say("  ".join(f"{n}: {task.best} {s[task.best]:.2f} %" for n, s in scores.items()))
             record = {f"{n}_{k}": v for n, s in scores.items() for k, v in s.items()}
             broken = trained["corrupt_files"] + len(val_loader.dataset.broken)
@@ -348,26 +339,17 @@ def main(argv: list[str] | None = None) -> None:
         say(f"done: {best_model(args.out, list(models), task.best, log.history)}")
 
 
-def keep_best(
-    out: str,
-    name: str,
-    model: nn.Module,
-    scores: dict[str, float],
-    best: str,
-    history: list[dict],
-    more: dict,
-) -> None:
-    """<name>-last.pt, and <name>-best.pt where this epoch's `best` score is the best so far."""
+def keep_best(out: str, name: str, model: nn.Module, more: dict, best: str, history: list) -> None:
+    """<name>-last.pt, and <name>-best.pt where more[best] is the best of all epochs so far."""
     if RANK == 0:
-        checkpoint.save_model(Path(out) / f"{name}-last.pt", model, **more, **scores)
-        score, key = scores.get(best, math.nan), f"{name}_{best}"
+        checkpoint.save_model(Path(out) / f"{name}-last.pt", model, **more)
+        score, key = more.get(best, math.nan), f"{name}_{best}"
         if math.isfinite(score) and not any(e.get(key, -1) >= score for e in history):
-            checkpoint.save_model(Path(out) / f"{name}-best.pt", model, **more, **scores)
+            checkpoint.save_model(Path(out) / f"{name}-best.pt", model, **more)
 
 
 def best_model(out: str, names: list[str], best: str, history: list[dict]) -> str:
-    """Which file has the best score of all epochs, the first of equals; or the last weights, where
-    nothing was measured."""
+    """Which file has the best score of all epochs, the first of equals; else the last weights."""
     scores = [(e.get(f"{n}_{best}", math.nan), -e["epoch"], n) for e in history for n in names]
     scores = [found for found in scores if math.isfinite(found[0])]
     if not scores:
@@ -377,24 +359,22 @@ def best_model(out: str, names: list[str], best: str, history: list[dict]) -> st
     return f"the best model is {path}, {best} {score:.2f} % after epoch {-epoch}"
 
 
-# ------------------------------------------------------------------------------------------------
-# Layer-wise learning rates, moving average
-# ------------------------------------------------------------------------------------------------
-
-
-def layer_of(name: str, depth: int) -> int:
-    """The layer that layer-wise lr decay counts a parameter to: 0 for the class token and patch
-    embedding, k + 1 for block k, depth + 1 for the rest, also where the ViT is part of a model.
-    [S A.1]"""
-    name = name.rpartition("vit.")[2]
-    if name.startswith(("cls_token", "patch_embed.")):
-        return 0
-    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
-
-
 def layer_decay(decay: float, depth: int) -> Callable[[str], float]:
-    """The factor on a parameter's learning rate in layer l: decay^(depth + 1 − l). [S A.1]"""
-    return lambda name: decay ** (depth + 1 - layer_of(name, depth))
+    """The factor on a named parameter's learning rate: decay^(depth + 1 − l) in layer l. [S A.1]
+
+    Layer 0 are the class token and the patch embedding, k + 1 is block k, depth + 1 all else, also
+    where the ViT is part of a model.
+    """
+
+    def factor(name: str) -> float:
+        name, layer = name.rpartition("vit.")[2], depth + 1
+        if name.startswith(("cls_token", "patch_embed.")):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        return decay ** (depth + 1 - layer)
+
+    return factor
 
 
 def ema_decay(decay: float, step: int) -> float:
@@ -502,7 +482,7 @@ def predict(task: Classification) -> None:
         if drawn is not None and RANK == 0:
             out = Path(task.args.out) / f"{Path(path).stem}-{task.args.task}.png"
             out.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(out, functools.partial(save_image, drawn / 255))
+            checkpoint.save(out, lambda path, drawn=drawn: save_image(drawn / 255, path))
             say(f"  drawn: {out}")
 
 

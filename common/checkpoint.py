@@ -22,10 +22,8 @@ from mirl import Config, UserError, require
 
 
 def save(path: Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary name beside `path`), moved to `path` when it is complete on the disk.
-
-    Raises UserError where no space is left; what `path` held stays.
-    """
+    """write(temporary name beside `path`), moved to `path` when it is complete on the disk. Raises
+    UserError where no space is left; what `path` held stays."""
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         try:
@@ -96,22 +94,16 @@ def load_file(path: str | Path) -> dict[str, Any]:
 # Flags that may differ on a resume. Any other would make the steps done those of another run.
 MAY_CHANGE = {"resume", "out", "recipe", "data", "data_dir", "from_", "truncated", "normalize"}
 MAY_CHANGE |= {"device", "dtype", "device_batch_size", "compile", "workers", "log_every"}
-MAY_CHANGE |= {"tensorboard", "log_grad_norms", "picture_every", "picture_pair"}
-MAY_CHANGE |= {"vgg_checkpoint"}
+MAY_CHANGE |= {"tensorboard", "log_grad_norms", "picture_every", "picture_pair", "vgg_checkpoint"}
 
 
 def check_out(out: str, resume: bool) -> None:
-    """Raises UserError where the folder holds a run that nothing said to continue.
-
-    Every process looks before any goes on and writes there.
-    """
-    names = ("checkpoint.pt", "metrics.jsonl", "config.json")
-    require(
-        resume or not any((Path(out) / name).exists() for name in names),
-        f"{out} already holds a run: add --resume to continue it, or choose --out",
-    )
-    require(not Path(out).exists() or Path(out).is_dir(), f"--out {out} is a file, not a folder")
-    gather(None)
+    """Raises UserError where the folder holds a run that nothing said to continue."""
+    folder, names = Path(out), ("checkpoint.pt", "metrics.jsonl", "config.json")
+    held = any((folder / name).exists() for name in names) and not resume
+    require(not held, f"{out} already holds a run: add --resume to continue it, or choose --out")
+    require(not folder.exists() or folder.is_dir(), f"--out {out} is a file, not a folder")
+    gather(None)  # every process looks before any goes on and writes there
 
 
 def identity(args: argparse.Namespace, config: Config, data) -> dict[str, Any]:
@@ -122,33 +114,30 @@ def identity(args: argparse.Namespace, config: Config, data) -> dict[str, Any]:
 
 
 def resume(out: str, parts: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
-    """Take up the checkpoint in the folder `out`, if there is one; returns what else is in it.
+    """Take up the checkpoint in the folder `out`, if there is one; returns all that is in it.
 
-    parts: name -> what has the state of that name. Raises UserError for a checkpoint of another
-    model, other flags or other data, for a damaged one, and where not all processes see the same.
+    parts: name -> what has the state of that name. Raises UserError for one that is damaged or of
+    another model, other flags or other data, and where not all processes see the same.
     """
     path = Path(out) / "checkpoint.pt"
     saved = load_file(path) if path.exists() else {}
     if saved:
         try:
             old = saved["identity"]
-            changed = [
-                f"{k} {v!s:.60} -> {identity.get(k)!s:.60}"
-                for k, v in old.items()
-                if v != identity.get(k)
-            ]
+            changed = {k: (v, identity.get(k)) for k, v in old.items() if v != identity.get(k)}
+            other = ", ".join(f"{k} {v!s:.60} -> {new!s:.60}" for k, (v, new) in changed.items())
             require(
                 not changed,
-                f"--resume continues a run as it began, and {path} has other {', '.join(changed)}; "
-                "give what it began with, or another --out",
+                f"--resume continues a run as it began, and {path} has other {other}; give what it "
+                "began with, or another --out",
             )
             for name, part in parts.items():
                 if saved[name]:  # the loss scaler has nothing to save but in fp16
                     part.load_state_dict(saved[name])
             say(f"resuming {path} after epoch {saved['epoch']} of {identity['epochs']}")
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            if isinstance(error, UserError | torch.OutOfMemoryError):
-                raise
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
             raise UserError(
                 f"--resume: {path} is damaged or no checkpoint of this script: move it away to "
                 "start anew, or choose another --out"
@@ -173,7 +162,7 @@ def last_checkpoint(out: str | Path) -> str:
 
 
 def tensors_in(saved: dict, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in dicts in dicts, under the dicts' names and their own, with dots."""
+    """All tensors in dicts in dicts, under their dotted names."""
     for name, value in saved.items():
         if isinstance(value, Tensor):
             yield str(name), value
@@ -203,20 +192,15 @@ def named_tensors(saved: dict[str, Any], whole: bool = False) -> dict[str, Tenso
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], path: str | Path, free: tuple[str, ...] = ()
 ) -> tuple[list[str], list[str]]:
-    """Fill a model from named tensors; returns which of its own and of theirs do not fit.
-
-    Those must begin with one of `free`. Raises UserError for others, and for values that are no
-    finite numbers; the model is then unchanged.
-    """
+    """Fill a model from named tensors; returns which of its own and of theirs do not fit. Raises
+    UserError for any that do not begin with one of `free`, and for values that are no finite
+    numbers; the model is then unchanged."""
     own = model.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+    theirs, ours = ({k: tuple(v.shape) for k, v in x.items()} for x in (weights, own))
+    fitting = {k: v for k, v in weights.items() if theirs[k] == ours.get(k)}
     missing, unused = ([k for k in names if k not in fitting] for names in (own, weights))
-
-    def shape(tensors: dict[str, Tensor], name: str) -> str:
-        return str(tuple(tensors[name].shape)) if name in tensors else "missing"
-
     wrong = [
-        f"{k} is {shape(weights, k)} in it, {shape(own, k)} in the model"
+        f"{k} is {theirs.get(k, 'missing')} in it, {ours.get(k, 'missing')} in the model"
         for k in dict.fromkeys(missing + unused)
         if not k.startswith(free)
     ]
@@ -234,8 +218,8 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
     The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, the authors', or
     any in which `named_tensors` finds timm's or MAE's names; decoders in it are left out. The head,
     and the norm before it, are taken where they fit; positions of another grid are resized.
-    truncated: the file may have fewer blocks than the ViT [S E]. Raises UserError where anything
-    else does not fit; the ViT is then unchanged.
+    truncated: the file may have fewer blocks [S E]. Raises UserError where anything else does not
+    fit; the ViT is then unchanged.
     """
     saved = load_file(path)
     weights = named_tensors(saved)
@@ -245,9 +229,9 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
         f"--from {path} holds no weights of a ViT under timm's names, to which others must be "
         f"converted, but {', '.join([*weights][:3]) or 'no tensors'}",
     )
-    if "pos_embed" in weights and weights["pos_embed"].ndim == 3:
-        table = weights["pos_embed"].float()
-        weights["pos_embed"] = fit_positions(table, saved.get("config"), vit.config)
+    table = weights.get("pos_embed")
+    if table is not None and table.ndim == 3:
+        weights["pos_embed"] = fit_positions(table.float(), saved.get("config"), vit.config)
     free = ("norm.", "fc_norm.", "head.")  # as the classes and the pooling want them
     if truncated:
         free += tuple(f"blocks.{k}." for k in range(depth_of(weights), vit.config.depth))
@@ -286,20 +270,18 @@ def encoder_shape(weights: dict[str, Tensor], path: str | Path) -> dict[str, int
     images all but the heads. Raises UserError for other weights."""
     try:
         D, C, P, _ = weights["patch_embed.proj.weight"].shape
-        side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+        size = P * math.isqrt(weights["pos_embed"].shape[1] - 1)
     except (KeyError, ValueError, IndexError):
         raise UserError(f"{path} holds no weights of a ViT") from None
-    depth = depth_of(weights)
-    return dict(depth=depth, width=D, channels=C, patch_size=P, image_size=side * P)
+    return dict(depth=depth_of(weights), width=D, channels=C, patch_size=P, image_size=size)
 
 
 def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
     """The model that a file of pre-training holds, decoders and all.
 
-    The file is our checkpoint.pt or the authors'. overrides: fields of `Config` to be replaced. The
-    authors' file tells all but `heads` and `decoder_heads`: these are of the model in MODELS with
-    as many blocks, of this width, in as many segments; of another model the overrides give them.
-    Raises UserError where the file holds no such model, or does not fit.
+    overrides: fields of `Config` to be replaced. The authors' file tells all but `heads` and
+    `decoder_heads`, which are of the model in MODELS with as many blocks, of this width, in as many
+    segments, or in the overrides. Raises UserError where the file holds no such model.
     """
     saved = load_file(path)
     weights = named_tensors(saved, whole=True)
@@ -316,9 +298,9 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
             decoder_depth=depth_of(weights, "decoders.0.blocks."),
             weight_norm="decoders.0.head.weight" not in weights,
         )
-        size = [fields[k] for k in ("depth", "width", "segments")]
+        size = fields["depth"], fields["width"], fields["segments"]
         for c in mirl.MODELS.values():
-            if size == [c.depth, c.width, c.segments]:
+            if size == (c.depth, c.width, c.segments):
                 fields |= dict(heads=c.heads, decoder_heads=c.decoder_heads)
         require(
             fields.keys() | overrides >= {"heads", "decoder_heads"},
@@ -334,12 +316,9 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
 
 
 def load_classifier(weights: dict[str, Tensor], name: str, path: str) -> mirl.ViT:
-    """The classifier with these weights, under timm's names: a fine-tuned ViT of the authors, MAE
-    or timm.
-
-    Sizes and pooling follow from names and shapes, the heads from the model `name`. Raises
-    UserError for other weights, or where that model is of another depth or width.
-    """
+    """A fine-tuned ViT of the authors, MAE or timm, from its weights under timm's names; the number
+    of heads follows from the model `name`, the rest from the weights. Raises UserError for other
+    weights, or where that model is of another depth or width."""
     require("head.weight" in weights, f"--from {path} is no fine-tuned model: it has no head")
     shape, named = encoder_shape(weights, path), mirl.model_config(name)
     require(

@@ -21,14 +21,14 @@ def number(kind=float, low=-math.inf, above=-math.inf, high=math.inf) -> Callabl
 
     def parse(text: str) -> int | float:
         value = kind(text)
-        for wrong, sentence in (
-            (not abs(value) < 2**63, "be finite"),  # nor NaN
-            (value < low, f"be at least {low}"),
-            (value <= above, f"be greater than {above}"),
-            (value > high, f"be at most {high}"),
+        for wrong, limit in (
+            (not abs(value) < 2**63, "finite"),  # nor NaN
+            (value < low, f"at least {low}"),
+            (value <= above, f"greater than {above}"),
+            (value > high, f"at most {high}"),
         ):
             if wrong:
-                raise argparse.ArgumentTypeError(f"must {sentence}, not {text:.40}")
+                raise argparse.ArgumentTypeError(f"must be {limit}, not {text:.40}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -46,10 +46,8 @@ count, positive, share = number(int, low=1), number(above=0), number(low=0, high
 
 
 class RecipeParser(argparse.ArgumentParser):
-    """argparse, whose flags have the values of a recipe where they are not given.
-
-    recipes: name -> values of flags. One named <recipe>-<task> is what --task makes of a recipe.
-    """
+    """argparse, whose flags have the values of a recipe where they are not given. recipes: name ->
+    values of flags. One named <recipe>-<task> is what --task makes of a recipe."""
 
     def __init__(self, doc: str, recipes: dict[str, dict[str, Any]]):
         self.recipes = recipes
@@ -70,8 +68,8 @@ class RecipeParser(argparse.ArgumentParser):
     def add_argument(self, *names, **options) -> argparse.Action:
         """The flag, with what each recipe sets it to in its help."""
         action = super().add_argument(*names, **options)
-        values = [(r, v[action.dest]) for r, v in self.recipes.items() if action.dest in v]
-        action.help += "".join(f"; {recipe} {value}" for recipe, value in values)
+        for recipe, values in self.recipes.items():
+            action.help += f"; {recipe} {values[action.dest]}" if action.dest in values else ""
         return action
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
@@ -135,11 +133,9 @@ def default_workers() -> int:
 
 def settle(args: argparse.Namespace, out: str) -> None:
     """Fill in what follows from other flags; out: the default of --out. Raises UserError."""
-    require(
-        args.warmup_epochs <= args.epochs,
-        f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} "
-        "epochs: give both",
-    )
+    warmup, epochs = args.warmup_epochs, args.epochs
+    longer = f"--warmup-epochs {warmup:g} is longer than the run of {epochs} epochs: give both"
+    require(warmup <= epochs, longer)
     require_extra("tensorboard", "--tensorboard", args.tensorboard)
     args.lr = args.lr or args.base_lr * args.batch_size / 256
     args.out = args.out or out
@@ -160,10 +156,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """main(argv); what the user can mend (wrong input, a file or folder that the system refuses)
-    becomes one sentence on stderr and exit code 2, or 1 where a training went wrong. What the
-    terminal or log cannot write, as a file's name, comes with escapes."""
+    becomes one sentence on stderr and exit code 2, or 1 where a training went wrong."""
     with contextlib.suppress(AttributeError):  # a notebook's stdout has no encoding
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr always is
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that it cannot write, as stderr
     try:
         main(argv)
     except KeyboardInterrupt:

@@ -59,12 +59,10 @@ class ImageSet:
 
     def select(self, indices: Tensor) -> "ImageSet":
         """The images with these indices, int64 (m,)."""
-        images = self.images[indices if isinstance(self.images, Tensor) else indices.numpy()]
-        return replace(self, images=images, labels=self.labels[indices])
+        return replace(self, images=self.images[indices.numpy()], labels=self.labels[indices])
 
     def digest(self) -> str:
-        """The same for the same data, wherever they lie: of the pixels or the files' names, the
-        labels and the classes."""
+        """Of the pixels or the files' names, the labels and the classes, wherever they lie."""
         digest = hashlib.sha256(repr(self.classes).encode())
         for part in (self.labels, self.images):
             digest.update(np.ascontiguousarray(part))
@@ -72,16 +70,14 @@ class ImageSet:
 
 
 def file_names(names: list[str]) -> np.ndarray:
-    """Names as one array of bytes, which forked worker processes share. Each of them would end up
-    with a copy of a list of strings, because Python counts references inside every string."""
+    """Names as one array of bytes, which forked worker processes share. Of a list of strings each
+    would end up with a copy, because Python counts references inside every string."""
     return np.array([os.fsencode(name) for name in names], dtype=bytes)
 
 
 def read_image(path: str, upright: bool = False) -> Tensor | None:
-    """An image file as uint8 (3, h, w); None where it cannot be read.
-
-    upright: turned as its EXIF orientation says, and not left as torchvision's ImageFolder has it.
-    """
+    """An image file as uint8 (3, h, w); None where it cannot be read. upright: turned as its EXIF
+    orientation says, and not left as torchvision's ImageFolder has it."""
     # torchvision decodes JPEG faster than PIL, and crashes on damaged PNG. Its decoder is
     # deprecated from 0.29 on; where it is gone, PIL serves.
     with contextlib.suppress(RuntimeError, AttributeError):
@@ -92,42 +88,35 @@ def read_image(path: str, upright: bool = False) -> Tensor | None:
         with Image.open(path) as image:
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode[0] in "IF":  # PIL would clip its values at 255
-                image = to_8_bits(image)
+            values = np.asarray(image) if image.mode[0] in "IF" else None  # PIL would clip at 255
+            if image.mode == "F":
+                require(values.min() >= 0 and values.max() <= 1, "unknown range")
+                image = Image.fromarray(np.uint8((values * 255).round()))
+            elif values is not None:  # I has 32 bits, but 16 of two formats, by PIL's version
+                require(image.mode != "I" or image.format in ("PNG", "PPM"), "unknown range")
+                image = Image.fromarray(np.uint8(values >> 8))
             return TF.pil_to_tensor(image.convert("RGB"))
     except Exception:  # PIL raises nearly anything on a broken file
         return None
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits, or of floats from 0 to 1, as one of 8 bits. Raises UserError where
-    the range of its values is unknown."""
-    values = np.asarray(image)
-    floats = image.mode == "F"
-    # the mode I has 32 bits, but 16 bits of these formats, some of them by PIL's version
-    sixteen = image.mode.startswith("I;16") or (not floats and image.format in ("PNG", "PPM"))
-    require(sixteen or (floats and values.min() >= 0 and values.max() <= 1), "unknown range")
-    return Image.fromarray(np.uint8((values * 255).round() if floats else values >> 8))
-
-
 def read_images(flag: str, paths: list[str]) -> list[Tensor]:
     """The image files given to a flag, uint8 (3, h, w) each, upright as a viewer shows them. Raises
     UserError for one that is not there or cannot be read."""
+    kinds = "an image of 8 or 16 bits a channel, or floats from 0 to 1"
     images = []
     for path in paths:
         require(Path(path).is_file(), f"{flag}: there is no file {path}")
         images.append(read_image(path, upright=True))
-        kinds = "of 8 or 16 bits a channel, or floats from 0 to 1"
-        require(images[-1] is not None, f"{flag}: {path} cannot be read as an image {kinds}")
+        require(images[-1] is not None, f"{flag}: {path} cannot be read as {kinds}")
     return images
 
 
 def load_data(name: str, data_dir: str, split: str) -> ImageSet:
-    """A data set by the name given to --data; split: "train" or "val".
+    """A data set by the name given to --data, or a folder; split: "train" or "val".
 
-    `shapes`, `cifar10` and `cifar100` lie in memory, `imagenette` (ten classes of ImageNet, of 320
-    pixels) in files; the last three are downloaded into `data_dir` at first use. Anything else is a
-    folder of files. Raises UserError for what cannot be had.
+    `cifar10`, `cifar100` and `imagenette` (ten classes of ImageNet, of 320 pixels) are downloaded
+    into `data_dir` at first use. Raises UserError for what cannot be had.
     """
     if name == "shapes":
         shapes = make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
@@ -139,7 +128,7 @@ def load_data(name: str, data_dir: str, split: str) -> ImageSet:
             if name == "imagenette":
                 data = datasets.Imagenette(data_dir, split, size="320px", download=True)
             else:
-                kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+                kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
                 data = kind(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -157,9 +146,8 @@ def load_folder(root: Path, split: str) -> ImageSet:
     """The image files of a folder.
 
     Where it has train/ and val/ (or valid/, validation/), the subfolders of train/ are the classes;
-    where it has val/ alone, to evaluate, those of val/. Else its images have no labels, and every
-    fiftieth is one of the validation split. Says what it leaves out. Raises UserError where there
-    are none.
+    where it has val/ alone, those of val/. Else its images have no labels, and every fiftieth is
+    for validation. Says what it leaves out. Raises UserError where there are none.
     """
     require(
         root.is_dir(),
@@ -170,7 +158,7 @@ def load_folder(root: Path, split: str) -> ImageSet:
     train = "train" if "train" in here else ""
     val = next((name for name in ("val", "valid", "validation") if name in here), "")
     beside = [name for name in here if name not in (train, val, "test")]
-    beside += [name for name in sorted(os.listdir(root)) if is_data(name, IMAGES)]
+    beside += [n for n in sorted(os.listdir(root)) if is_data(n) and n.lower().endswith(IMAGES)]
     tell(root, "folders and images beside train/ left out", beside if train else [])
     has_splits = val and (train or not beside)
     folder = root / (val if has_splits and split == "val" else train)
@@ -180,18 +168,17 @@ def load_folder(root: Path, split: str) -> ImageSet:
         names = [n for i, n in enumerate(names) if (i % 50 == 0) == (split == "val")]
     known = root / (train or val)
     classes = folders_in(known) if has_splits else []
-    index = {name: label for label, name in enumerate(classes)}
     tops = [name.split(os.sep)[0] for name in names]
+    index = {name: label for label, name in enumerate(classes)}
     labels = torch.tensor([index.get(top, -1) for top in tops])
     empty = sorted(set(classes) - set(tops)) if folder == known else []
     tell(folder, "classes without an image, which the head has all the same", empty)
     return ImageSet(file_names(names), labels, classes, str(folder))
 
 
-def is_data(name: str, kinds: tuple[str, ...] = ("",)) -> bool:
-    """Whether a file of these kinds, or a folder, is the user's, by its name."""
-    name = name.lower()
-    return name.endswith(kinds) and name[0] != "." and name not in SYSTEM
+def is_data(name: str) -> bool:
+    """Whether a file or folder is the user's, by its name."""
+    return name[0] != "." and name.lower() not in SYSTEM
 
 
 def folders_in(folder: Path) -> list[str]:
@@ -200,7 +187,7 @@ def folders_in(folder: Path) -> list[str]:
 
 
 def files_in(folder: Path, kinds: tuple[str, ...] = IMAGES) -> list[str]:
-    """Names, relative to the folder, of its files of these kinds at any depth, in order. Says which
+    """Names, below the folder, of its files of these kinds at any depth, in order. Says which
     others it has, but for notes and what systems leave behind."""
     files = []
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
@@ -219,8 +206,7 @@ def tell(folder: Path, what: str, names: list[str]) -> None:
 
 
 def subset(data: ImageSet, wanted: int | None, seed: int, flag: str) -> ImageSet:
-    """As many of the images as a flag says, drawn at random, or all. Raises UserError where there
-    are fewer."""
+    """As many images as a flag says, drawn at random, or all. Raises UserError for too many."""
     if wanted is None:
         return data
     require(wanted <= len(data), f"{flag} {wanted}: there are {len(data)}")
@@ -235,11 +221,9 @@ def seed_of(purpose: str, *parts: int) -> int:
 
 
 def micro_batches(batch_size: int, device_batch_size: int | None, limit: int) -> tuple[int, int]:
-    """Cut this process's share of an effective batch: images at a time, and how many times.
-
-    Without a device batch size it takes the largest up to `limit` that comes out even. Raises
-    UserError, and names a size that works, where the given one does not divide.
-    """
+    """Cut this process's share of an effective batch: images at a time, by default as many up to
+    `limit` as come out even, and how many times. Raises UserError, which names a size that works,
+    where a given one does not divide."""
     nearest = max(1, round(batch_size / WORLD_SIZE)) * WORLD_SIZE
     require(
         batch_size % WORLD_SIZE == 0,
@@ -259,9 +243,9 @@ def micro_batches(batch_size: int, device_batch_size: int | None, limit: int) ->
 class EpochSampler(Sampler):
     """This process's (epoch, image) pairs; processes never overlap.
 
-    batch_size: the effective one of training. The order is then shuffled, by (seed, epoch) alone,
-    and what does not fill a batch is left out. Without it, all images in order, each once over all
-    processes. Raises UserError where there are fewer images than a batch takes.
+    batch_size: the effective one. The order is then shuffled, by (seed, epoch) alone, and what does
+    not fill a batch is left out; without it, all images come in order. Raises UserError where there
+    are fewer images than a batch takes.
     """
 
     def __init__(self, images: int, batch_size: int | None = None, seed: int = 0):
@@ -290,16 +274,12 @@ class EpochSampler(Sampler):
 class AugmentedImages(Dataset):
     """Single images, each transformed at random in its own way: what worker processes run.
 
-    transform: uint8 (3, h, w) -> uint8 (3, *size). Indexed with (epoch, i): the same pair gives the
-    same picture, whichever process makes it. Returns (image, label, bad). Where image i cannot be
-    read, the next readable one stands in and bad is i (else −1), so that every batch keeps its size
-    and nothing fails unseen. A stand-in has its own label if `keep_labels`, else −1. Raises
-    UserError where nothing can be read.
-
-    Data whose `read` gives (image, target) are transformed together and come as (image, target,
-    bad); the target of a stand-in that may not keep it is None.
-
-    In the main process `broken` are the names of the images that could not be read so far.
+    transform: uint8 (3, h, w) -> uint8 (3, *size). Indexed with (epoch, i), which alone decide the
+    picture; gives (image, label, bad). Where image i cannot be read, the next readable one stands
+    in, so that a batch keeps its size, and bad is i (else −1); it has its own label if
+    `keep_labels`, else −1. Where the data's `read` gives (image, target), both are transformed
+    together, and a target that is not kept is None. `broken`: in the main process, names of what
+    could not be read so far. Raises UserError where nothing can be read.
     """
 
     def __init__(
@@ -329,8 +309,8 @@ class AugmentedImages(Dataset):
 
 
 def collate(samples: list[tuple]) -> list:
-    """torch's collate of each column of the samples, but a list of what it cannot stack: tensors of
-    several sizes, targets in dicts, and None."""
+    """torch's collate of each column, but a list of what it cannot stack: tensors of several sizes,
+    dicts, None."""
 
     def alike(column: tuple) -> bool:
         kinds = {getattr(x, "shape", type(x)) for x in column}
@@ -367,11 +347,9 @@ def start_worker(worker: int) -> None:
 
 
 def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """An epoch: images float32 (b, 3, *size), normalised, and labels int64 (b,), on the device.
-
-    Where images differ in size, they come as a list. So do targets that are no tensors alike. What
-    could not be read is named at the end, once, and added to `loader.dataset.broken`.
-    """
+    """An epoch: images float32 (b, 3, *size), normalised, and labels int64 (b,), on the device;
+    lists of images or targets that differ in size or kind. What could not be read is named at the
+    end, once, and added to `loader.dataset.broken`."""
     found: set[int] = set()
     for images, labels, bad in loader:
         found |= set(bad[bad >= 0].tolist())
@@ -415,8 +393,7 @@ def center_crop(size: tuple[int, int]) -> Callable:
 
 
 def validation_images(data: ImageSet, size: tuple[int, int], wanted: int) -> Tensor:
-    """Images spread evenly over a data set, without randomness: float32 (wanted, 3, *size),
-    normalised."""
+    """Images spread evenly over a data set: float32 (wanted, 3, *size), normalised."""
     images = AugmentedImages(data, center_crop(size))
     picks = torch.linspace(0, len(data) - 1, min(wanted, len(data))).long().tolist()
     return normalise_images(torch.stack([images[0, i][0] for i in picks]))

@@ -28,11 +28,8 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def process_group(device_flag: str) -> Iterator[torch.device]:
-    """Yields this process's device; under torchrun, joins the other processes first.
-
-    nccl on CUDA, gloo elsewhere. Raises UserError for a device that is not there, or where only
-    some of torchrun's variables are set.
-    """
+    """Yields this process's device; under torchrun, joins the others first. Raises UserError for a
+    device that is not there, or where only some of torchrun's variables are set."""
     lacking = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.getenv(n)]
     require(
         not lacking or (RANK, WORLD_SIZE) == (0, 1),
@@ -40,8 +37,7 @@ def process_group(device_flag: str) -> Iterator[torch.device]:
         "several with torchrun, or unset RANK and WORLD_SIZE",
     )
     device = pick_device(device_flag)
-    cuda = device.type == "cuda"
-    if cuda:
+    if cuda := device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
@@ -59,8 +55,8 @@ def pick_device(flag: str) -> torch.device:
         here = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
         name = here if here == "cuda" or (here == "mps" and WORLD_SIZE == 1) else "cpu"
     name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
-    kind = name.split(":")[0]
-    require(kind in ("cuda", "mps", "cpu"), f"--device {flag}: use auto, cuda, cuda:N, mps or cpu")
+    known = name.split(":")[0] in ("cuda", "mps", "cpu")
+    require(known, f"--device {flag}: use auto, cuda, cuda:N, mps or cpu")
     require(
         WORLD_SIZE == 1 or flag in ("auto", "cuda", "cpu"),
         f"--device {flag} is for one process: under torchrun use cuda or cpu",
@@ -80,17 +76,14 @@ def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
     cuda = device.type == "cuda"
     bf16 = not cuda or torch.cuda.get_device_capability(device) >= (8, 0)
     require(flag != "bf16" or bf16, "--dtype bf16: this GPU has no bf16; use fp16 or fp32")
-    require(
-        flag != "fp16" or cuda,
-        f"--dtype fp16 needs a CUDA device, not {device.type}; use bf16 or fp32",
-    )
-    if flag == "auto":
-        flag = "bf16" if cuda and bf16 else "fp32"
-    return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[flag]
+    other = f"--dtype fp16 needs a CUDA device, not {device.type}; use bf16 or fp32"
+    require(flag != "fp16" or cuda, other)
+    auto = torch.bfloat16 if cuda and bf16 else torch.float32
+    return dict(auto=auto, bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[flag]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """torch's autocast to `dtype`; float32 turns it off, one around it too."""
+    """torch's autocast to `dtype`; float32 turns off one around it too."""
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else None, enabled=half)
 
@@ -113,8 +106,8 @@ def syncs_batch_norm(device: torch.device) -> bool:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Every process takes those of process 0: where batch norm is not synchronised, each has seen
-    other images, and before an evaluation they must agree."""
+    """Every process takes those of process 0: before an evaluation they must agree, and where batch
+    norm is not synchronised, each has seen other images."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

@@ -65,39 +65,32 @@ class MetricLogger:
     """A run's folder: config.json, metrics.jsonl; a progress bar on a terminal, or lines anywhere
     else; TensorBoard.
 
-    images: of the training split. A step is `accumulation` times `device_batch_size` of them in
-    every process. It waits for the device once every `--log-every` steps, to read the losses since.
-    `history` holds the epochs' records, `written` is the length of metrics.jsonl in bytes.
+    images: of the training split. A step is `accumulation` times `size` of them in every process.
+    It waits for the device once every `--log-every` steps, to read the losses since. `history`
+    holds the epochs' records, `written` is the length of metrics.jsonl in bytes.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, images: int, device_batch_size: int, accumulation: int
-    ):
-        self.args, self.images = args, images
-        self.device_batch_size, self.accumulation = device_batch_size, accumulation
+    def __init__(self, args: argparse.Namespace, images: int, size: int, accumulation: int):
+        self.args, self.images, self.size, self.accumulation = args, images, size, accumulation
         self.steps = images // args.batch_size  # an epoch; what does not fill a batch is left out
         self.total = args.epochs * self.steps
         self.path = Path(args.out) / "metrics.jsonl"
+        self.board = None  # TensorBoard's
 
     def start(self, saved: dict[str, Any], model: nn.Module, device: torch.device) -> None:
         """Begin, or go on from a checkpoint, with metrics.jsonl as it was then."""
-        args, self.board = self.args, None
+        args = self.args
         self.start_clock()
         self.history, self.written = saved.get("history", []), saved.get("written", 0)
         self.step = saved.get("epoch", 0) * self.steps
-        # None: where there is no terminal
-        disable = None if RANK == 0 else True
+        disable = None if RANK == 0 else True  # None: where there is no terminal
         self.bar = tqdm(total=self.total, initial=self.step, disable=disable, dynamic_ncols=True)
         if RANK != 0:
             return
-        settings = vars(args) | dict(
-            device=str(device),
-            dtype=str(pick_dtype(args.dtype, device)).removeprefix("torch."),
-            processes=WORLD_SIZE,
-            device_batch_size=self.device_batch_size,
-            accumulation=self.accumulation,
-            model_config=dataclasses.asdict(model.config),
-        )
+        dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
+        settings = vars(args) | dict(device=str(device), dtype=dtype, processes=WORLD_SIZE)
+        settings |= dict(device_batch_size=self.size, accumulation=self.accumulation)
+        settings |= dict(model_config=dataclasses.asdict(model.config))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=2) + "\n"
         save(self.path.with_name("config.json"), lambda path: path.write_text(text))
@@ -113,7 +106,7 @@ class MetricLogger:
             f"{args.model}, {trained / 1e6:.2f}M parameters, on {device}; "
             f"{self.images} images, {self.steps} steps an epoch, lr {args.lr:.3g}; "
             f"effective batch {args.batch_size} = {WORLD_SIZE} process(es) x "
-            f"{self.device_batch_size} images x {self.accumulation} accumulated"
+            f"{self.size} images x {self.accumulation} accumulated"
         )
 
     def start_epoch(self, epoch: int) -> None:
@@ -162,29 +155,25 @@ class MetricLogger:
         seconds = time.perf_counter() - self.clock
         speed = len(losses) * self.args.batch_size / seconds
         self.epoch_losses.append(losses)
-        self.record = dict(
-            epoch=self.epoch,
-            step=self.step,
-            **dict(zip(self.names, losses.mean(dim=0).tolist(), strict=True)),
-            lr=lr,
-            grad_norm=norm.item(),
+        means = dict(zip(self.names, losses.mean(dim=0).tolist()))
+        self.record = dict(epoch=self.epoch, step=self.step, **means, lr=lr, grad_norm=norm.item())
+        self.record |= dict(
             images_per_second=round(speed, 1),
             input_wait=round(self.waited / seconds, 4),
             peak_memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3),  # 0 without CUDA
         )
         self.write("step", self.record | {k: v.tolist() for k, v in vectors.items()})
-        text = f"loss {self.record['loss']:.4f}  lr {lr:.2e}  {speed:.0f} img/s"
+        text = f"loss {means['loss']:.4f}  lr {lr:.2e}  {speed:.0f} img/s"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
-            left = (self.total - self.step) * seconds / len(losses)
+            left = tqdm.format_interval((self.total - self.step) * seconds / len(losses))
             place = f"epoch {self.epoch}/{self.args.epochs}  step {self.step}/{self.total}"
-            say(f"{place}  {text}  {tqdm.format_interval(left)} left")
+            say(f"{place}  {text}  {left} left")
         self.window = []
         self.start_clock()
 
     def check_weights(self, model: nn.Module) -> None:
-        """At the end of an epoch, whose last loss may be finite and its step ruin the weights.
-        Raises TrainingError where one is not finite."""
+        """After an epoch, whose last step may ruin them. Raises TrainingError for NaN, infinity."""
         finite = torch.stack([p.isfinite().all() for p in model.parameters()])
         self.go_on_if(finite.all(), "a weight after")
 
@@ -197,31 +186,27 @@ class MetricLogger:
             )
 
     def trained(self) -> dict[str, Any]:
-        """What the training of the epoch did: its last step's record, with the means and the speed
-        of all."""
+        """The record of the epoch's last step, with the means and the speed of all."""
         training = self.clock - self.epoch_began  # up to the last step, which was logged
-        means = torch.cat(self.epoch_losses).mean(dim=0).tolist()
+        speed = round(self.steps * self.args.batch_size / training, 1)
+        means = dict(zip(self.names, torch.cat(self.epoch_losses).mean(dim=0).tolist()))
         self.start_clock()
-        return self.record | dict(
-            **dict(zip(self.names, means, strict=True)),
-            images_per_second=round(self.steps * self.args.batch_size / training, 1),
-            seconds=self.clock - self.epoch_began,
-        )
+        seconds = self.clock - self.epoch_began
+        return self.record | means | dict(images_per_second=speed, seconds=seconds)
 
     def end_epoch(self, trained: dict[str, Any] | None = None, **record) -> None:
         """Write the epoch: what it `trained`, also before a resume, and `record`'s values."""
         trained = trained or self.trained()
-        seconds = round(trained["seconds"] + time.perf_counter() - self.clock, 2)
-        self.history.append(trained | dict(seconds=seconds, **record))
+        record["seconds"] = round(trained["seconds"] + time.perf_counter() - self.clock, 2)
+        self.history.append(trained | record)
         self.write("epoch", self.history[-1])
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and its numbers to TensorBoard if asked for."""
         if RANK != 0:
             return
-        line = to_json(dict(kind=kind) | record)
         with open(self.path, "a") as file:
-            file.write(line + "\n")
+            file.write(to_json(dict(kind=kind) | record) + "\n")
         self.written = self.path.stat().st_size
         if self.board:
             for name, value in record.items():

@@ -32,8 +32,6 @@ PADDLE_NAMES = {
     r"decoder_pred(\d+)": r"decoders.\1.head",
     r"": r"encoder.",
 }
-
-
 # What a pickle may name although nothing needs it but in a file of the authors: numpy's arrays and
 # numbers, flags and paths. Each becomes a `Stub`.
 HARMLESS = ["numpy.ndarray", "numpy.dtype", "argparse.Namespace", "pathlib.PosixPath"]
@@ -79,12 +77,11 @@ def read_paddle(path: str | Path) -> Any:
     if not isinstance(saved, dict):
         return saved
     state = saved.get("model", saved)
-    arrays = {k: v[1] if isinstance(v, tuple) else v for k, v in state.items()}
-    tensors = {
-        k: paddle_tensor(v)
-        for k, v in arrays.items()
-        if isinstance(k, str) and isinstance(v, Stub) and hasattr(v, "state")
-    }
+    tensors = {}
+    for name, array in state.items():
+        array = array[1] if isinstance(array, tuple) else array
+        if isinstance(name, str) and isinstance(array, Stub) and hasattr(array, "state"):
+            tensors[name] = paddle_tensor(array)
     for name, big in state.get("UnpackBigParamInfor@@", {}).items():
         pieces = [tensors.pop(key) for key in big["slices"]]
         tensors[name] = torch.cat(pieces).reshape(big["OriginShape"])

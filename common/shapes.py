@@ -12,13 +12,12 @@ CLASSES = [f"{shape} of {texture}" for shape in SHAPES for texture in TEXTURES]
 
 
 def make_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The embedded data set: `count` generated 32 × 32 colour images, uint8 (n, 3, 32, 32), and
-    their labels, int64 (n,), places in CLASSES.
+    """The embedded data set: `count` generated colour images, uint8 (n, 3, 32, 32), and their
+    labels, int64 (n,), places in CLASSES. The same seed gives the same images.
 
     A class is one of four shapes filled with one of four textures. The texture, and the slope
     behind the shape, each blend a dark and a light colour. Place, size, angle and colours vary. The
-    shape is what a main component can show, the texture what is left to the residual. The same seed
-    gives the same images.
+    shape is what a main component can show, the texture what is left to the residual.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = [_draw_shapes(min(1000, count - i), generator)[:2] for i in range(0, count, 1000)]
@@ -27,19 +26,14 @@ def make_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Scenes(NamedTuple):
-    """Images of several objects."""
-
     images: Tensor  # uint8 (n, 3, 64, 64)
     instances: Tensor  # uint8 (n, 64, 64): k where object k = 1 … 4 is seen, 0 for the background
     kinds: Tensor  # int64 (n, 4): places in SHAPES, −1 where nothing is seen of an object
 
 
 def make_scenes(count: int, seed: int) -> Scenes:
-    """`count` generated 64 × 64 colour images of one to four of the embedded shapes.
-
-    Shapes and background are those of `make_shapes`; size and place vary more, and a later shape
-    covers an earlier one. The same seed gives the same scenes.
-    """
+    """`count` generated colour images of one to four of the embedded shapes, which vary more in
+    size and place; a later one covers an earlier one. The same seed gives the same scenes."""
     generator = torch.Generator().manual_seed(seed)
     parts = [_draw_scenes(min(250, count - i), generator) for i in range(0, count, 250)]
     return Scenes(*map(torch.cat, zip(*parts, strict=True)))

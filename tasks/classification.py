@@ -25,11 +25,11 @@ from common.data import (
 from common.distributed import autocast, gather, pick_dtype, say
 from mirl import IMAGENET_MEAN, Config, ViT, require
 
-GREY = [round(255 * m) for m in IMAGENET_MEAN]  # where an image is moved away
+GREY = [round(255 * m) for m in IMAGENET_MEAN]  # where an image is moved away, or too small
 
 
 class Classification:
-    """What --task decides around the loop of train_finetune.py; other tasks have these methods."""
+    """What --task decides around the loop of train_finetune.py; other tasks derive from it."""
 
     best = "top1"  # the score by which the best model is chosen
 
@@ -89,18 +89,16 @@ class Classification:
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over images with a label: first guess right, one of five right, cross-entropy, 1.
-
-    logits: float32 (B, classes); labels: int64 (B,), −1 where there is none. Returns (4,).
-    """
+    """Sums over images with a label: first guess right, one of five right, cross-entropy, 1: (4,).
+    logits: float32 (B, classes); labels: int64 (B,), −1 where there is none."""
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
     return torch.stack([hits[:, 0].sum(), hits.sum(), loss, (labels >= 0).sum()])
 
 
 def labelled(args: argparse.Namespace, split: str) -> ImageSet:
-    """The images of --data that have labels, as many as --train-images or --val-images say. Raises
-    UserError where there are none, or fewer."""
+    """The images of --data that have labels. Raises UserError where there are none, or fewer than
+    wanted."""
     data = load_data(args.data, args.data_dir, split)
     keep = (data.labels >= 0).nonzero()[:, 0]
     require(
@@ -111,9 +109,13 @@ def labelled(args: argparse.Namespace, split: str) -> ImageSet:
     if left := len(data) - len(keep):
         say(f"warning: {left} {split} images are in no folder of a class in train/: left out")
         data = data.select(keep)
-    if split == "train":
-        return subset(data, args.train_images, args.seed, "--train-images")
-    return subset(data, args.val_images, 0, "--val-images")  # the same in every run
+    return wanted_images(data, args, split)
+
+
+def wanted_images(data: ImageSet, args: argparse.Namespace, split: str) -> ImageSet:
+    """As many as --train-images, drawn by --seed, or --val-images, the same in every run."""
+    seed = args.seed if split == "train" else 0
+    return subset(data, getattr(args, f"{split}_images"), seed, f"--{split}-images")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,12 +156,11 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class RandAugment(nn.Module):
-    """RandAug (magnitude, 0.5) as the paper's recipe means it. [S A.1, Table 2]
+    """RandAug (magnitude, 0.5) as the paper's recipe means it, uint8 (3, H, W). [S A.1, Table 2]
 
     Two operations an image, each applied with probability 1/2, at a magnitude drawn from
-    N(magnitude, 0.5) on a scale of 0 to 10. It is not torchvision's RandAugment(2, 9), where 9 is
-    one of 31 bins, about 30 %, and both operations always apply. Takes and returns uint8 (3, H, W);
-    random numbers come from torch's global generator.
+    N(magnitude, 0.5) on a scale of 0 to 10. In torchvision's RandAugment(2, 9) 9 is one of 31 bins,
+    about 30 %, and both operations always apply.
     """
 
     def __init__(self, magnitude: float):
@@ -177,11 +178,8 @@ class RandAugment(nn.Module):
 
 def finetune_transform(size: tuple[int, int], randaug: float) -> Callable[[Tensor], Tensor]:
     """[S A.1, Table 2]: crop, flip, RandAug of this magnitude (0: none); uint8 (3, h, w) ->
-    uint8 (3, *size).
-
-    The crop is random and resized (area 0.08 to 1); for sizes up to 64 the whole image, padded by
-    an eighth and cropped at random.
-    """
+    uint8 (3, *size). The crop is random and resized (area 0.08 to 1); for sizes up to 64 the whole
+    image, padded by an eighth and cropped at random."""
     crop = [v2.RandomResizedCrop(size, interpolation=BICUBIC, antialias=True)]
     if min(size) <= SMALL:
         padding = [size[1] // 8, size[0] // 8]

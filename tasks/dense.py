@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,9 +33,9 @@ class Pyramid(nn.Module):
     (B, D, H/32, W/32), un-normed, from the blocks at 1/3, 1/2, 2/3 and all of the depth. [S A.2]
 
     H and W are at least 32 and divide into patches of 16, 8 or 4 pixels. Transposed convolutions or
-    max pooling, which drops what is left over, bring the maps to the strides 4, 8, 16 and 32, as in
-    BEiT. vit: with the pool "none"; it loses its norm, which no map passes. Raises UserError for
-    another patch, pool or size, or fewer than 6 blocks.
+    max pooling bring the maps to the strides 4, 8, 16 and 32, as in BEiT. The ViT has the pool
+    "none", and loses its norm. Raises UserError for another pool, patch or size, or fewer than 6
+    blocks.
     """
 
     def __init__(self, vit: ViT):
@@ -89,12 +90,11 @@ resize_maps = functools.partial(F.interpolate, mode="bilinear", align_corners=Fa
 
 
 def data_folder(name: str, data_dir: str) -> Path:
-    """The folder that --data names; `scenes` are written into `data_dir` at first use.
-
-    Raises UserError where there is none.
-    """
-    root = Path(data_dir) / "scenes" if name == "scenes" else Path(name)
+    """The folder that --data names; `scenes` are written into `data_dir` at first use. Raises
+    UserError where there is none."""
+    root = Path(name)
     if name == "scenes":
+        root = Path(data_dir) / name
         with rank_zero_first():
             if not root.exists():
                 write_scenes(root)
@@ -130,10 +130,8 @@ def annotation_file(folder: str | Path) -> Path:
 
 
 def write_scenes(folder: Path) -> None:
-    """Write 512 training and 256 validation scenes of `make_scenes` as ADE20K and COCO have them.
-
-    For segmentation the background is a class too. The folder appears when it is complete.
-    """
+    """Write 512 training and 256 validation scenes of `make_scenes` as ADE20K, with the background
+    as a class, and COCO have them. The folder appears when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         whole = Path(temporary) / "scenes"
@@ -174,13 +172,11 @@ def annotation(mask: Tensor) -> dict:
 
 
 def overlay(
-    image: Tensor, masks: Tensor, boxes: Tensor, names: list[str], kinds: list[int], lines=None
+    image: Tensor, masks: Tensor, boxes: Tensor, names: list[str], kinds: Sequence[int], lines=None
 ) -> Tensor:
-    """The image, uint8 (3, h, w), with what was found on it, enlarged if it is small.
-
-    masks: bool (n, h, w). boxes: float (n, 4), corners in pixels, with the n names. kinds: which of
-    the PALETTE's colours each has. lines: the colour of boxes and names, or None for their own.
-    """
+    """The image, uint8 (3, h, w), enlarged if it is small, with n masks, bool (n, h, w), and boxes,
+    float (n, 4), corners in pixels, with their names. kinds: which of the PALETTE's colours each
+    has. lines: the colour of boxes and names, or None for their own."""
     colors = [PALETTE[k % len(PALETTE)] for k in kinds]
     scale = math.ceil(512 / max(image.shape[1:]))
     image, masks = (repeat(x, "n h w -> n (h p) (w q)", p=scale, q=scale) for x in (image, masks))

@@ -1,15 +1,22 @@
-"""Detection: Mask R-CNN, COCO's layout, and the average precision of boxes and masks. [S A.2]"""
+"""Detection: Mask R-CNN, COCO's layout, and the average precision of boxes and masks. [S A.2]
+
+The layout: {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json. Categories become
+the labels 1 … K in the order of their ids. Training images without any annotation are left out
+(117,266 of COCO's stay), of the others objects that are crowds or narrower than a pixel; and, with
+a word, objects that are not `usable` and images that the file does not list. Ids, areas and
+`iscrowd` of objects may be missing.
+"""
 
 import argparse
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +31,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
 from common.cli import require_extra
-from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images, subset
-from common.distributed import RANK, autocast, gather, pick_dtype, say
+from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images
+from common.distributed import RANK, autocast, gather, say
 from mirl import Config, UserError, ViT, at_least_float32, require
+from tasks.classification import Classification, wanted_images
 from tasks.dense import Pyramid, annotation_file, data_folder, overlay, read_sized, say_left_out
 
 with contextlib.suppress(ImportError):  # Detection says what to install
@@ -35,22 +43,20 @@ with contextlib.suppress(ImportError):  # Detection says what to install
     from pycocotools.cocoeval import COCOeval
 
 
-class Detection:
+class Detection(Classification):
     """What --task detect decides around the loop of train_finetune.py."""
 
     best = "mask_ap"
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         require_extra("pycocotools", "--task detect")
-        self.args, self.device = args, device
-        self.dtype = pick_dtype(args.dtype, device)
+        super().__init__(args, device)
 
     def data(self, split: str) -> ImageSet:
         """As in `Classification`. Raises UserError where no object counts."""
         args = self.args
         data = load_coco(data_folder(args.data, args.data_dir), split)
-        seed, wanted = args.seed if split == "train" else 0, getattr(args, f"{split}_images")
-        data = subset(data, wanted, seed, f"--{split}-images")
+        data = wanted_images(data, args, split)
         require(
             any(not crowd for i in range(len(data)) for *_, crowd in data.item(i)[3]),
             f"--data {args.data}: none of the {len(data)} {split} images has an object that "
@@ -79,10 +85,7 @@ class Detection:
 
     @torch.no_grad()
     def evaluate(self, models: list[nn.Module], loader: DataLoader) -> list[dict[str, float]]:
-        """Each model's `coco_scores`, over all processes.
-
-        models: a list of images (3, h, w) -> what `detections` takes, for each.
-        """
+        """Each model's `coco_scores`, over all processes."""
         found: list[list[tuple[int, list[dict]]]] = [[] for _ in models]
         for model in models:
             model.eval()
@@ -92,11 +95,9 @@ class Detection:
                 for output, target in zip(model.forward(list(images)), targets, strict=True):
                     if target is not None:  # the image and its objects could be read
                         results.append((target["image_id"], detections(output)))
-        everyone, scores = gather(found), []  # of each process, of each model
+        everyone, scores = zip(*gather(found), strict=True), []  # of each model, of each process
         if RANK == 0:
-            parts = zip(*everyone, strict=True)
-            data = loader.dataset.data
-            scores = [coco_scores([*itertools.chain(*part)], data) for part in parts]
+            scores = [coco_scores([*chain(*parts)], loader.dataset.data) for parts in everyone]
         return gather(scores)[0]
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
@@ -108,43 +109,40 @@ class Detection:
         for name, share, box in zip(names, shares, found["boxes"], strict=True):
             corners = ", ".join(f"{x:.0f}" for x in box)
             say(f"  {100 * share:5.1f} %  {name} at ({corners})")
-        masks, kinds = found["masks"][:, 0] > 0.5, list(range(len(names)))
         names = [f"{name} {share:.0%}" for name, share in zip(names, shares)]
-        return overlay(image, masks, found["boxes"], names, kinds)
+        return overlay(image, found["masks"][:, 0] > 0.5, found["boxes"], names, range(len(names)))
 
 
 @dataclass
 class COCODetection(ImageSet):
-    """Images and the objects on them, in COCO's layout.
+    """Images and the objects on them; `images` are names of files in `root`.
 
-    `images` are names of files in `root`; of image i, `packed` holds what `item` returns, as JSON,
-    up to `ends[labels[i]]`. It is read when it is needed: as Python's objects, COCO's 860,000 would
-    fill gigabytes in every worker process.
+    What `item` returns is packed as JSON, and read when it is needed: as Python's objects, COCO's
+    860,000 would fill gigabytes in every worker process.
     """
 
-    packed: np.ndarray | None = None  # uint8
-    ends: np.ndarray | None = None  # int64
+    packed: np.ndarray | None = None  # uint8, all of it
+    ends: np.ndarray | None = None  # int64: image i's is from ends[labels[i]] to the next
     training: bool = True
 
     def item(self, i: int) -> tuple[int, int, int, list[list]]:
         """Of image i the id, height and width, and each object's label, box, segmentation and
-        whether it is a crowd; of training images no crowds, and no box narrower than a pixel."""
+        whether it is a crowd."""
         k = int(self.labels[i])
-        start, end = self.ends[k - 1] if k else 0, self.ends[k]
-        return json.loads(self.packed[start:end].tobytes())
+        return json.loads(self.packed[self.ends[k] : self.ends[k + 1]].tobytes())
 
     def name(self, i: int) -> str:
         path, (_, h, w, _) = super().name(i), self.item(i)
         image = read_sized(path, (h, w))
-        size = "" if image is None else " ({2} x {1} pixels)".format(*image.shape)
+        size = "" if image is None else f" ({image.shape[2]} x {image.shape[1]} pixels)"
         return f"{path}{size} or its annotation ({w} x {h})"
 
     def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
-        """Image i, uint8 (3, h, w), and its n objects; None where it cannot be read, or has another
-        size than its annotation says.
+        """Image i, uint8 (3, h, w), and its n objects: boxes float32 (n, 4), corners x, y, x, y,
+        masks uint8 (n, h, w), labels int64 (n,) from 1, image_id.
 
-        The objects: boxes float32 (n, 4) as corners x, y, x, y, masks uint8 (n, h, w), labels int64
-        (n,) from 1, image_id. Of validation images there are none: see `truth`.
+        None where it cannot be read, or has another size than its annotation says. Of validation
+        images there are no objects: see `truth`.
         """
         image_id, h, w, objects = self.item(i)
         image = read_sized(super().name(i), (h, w))
@@ -153,9 +151,8 @@ class COCODetection(ImageSet):
         objects = objects if self.training else []
         boxes = torch.tensor([box for _, box, _, _ in objects]).float().view(-1, 4)
         boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (h, w))
-        masks = torch.zeros(len(boxes), h, w, dtype=torch.uint8)
-        for mask, (_, _, segmentation, _) in zip(masks, objects, strict=True):
-            mask.copy_(torch.from_numpy(decode(segmentation, h, w)))
+        masks = [torch.from_numpy(decode(segmentation, h, w)) for _, _, segmentation, _ in objects]
+        masks = torch.stack(masks) if masks else torch.zeros(0, h, w, dtype=torch.uint8)
         target = dict(
             boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w)),
             masks=tv_tensors.Mask(masks),
@@ -165,19 +162,18 @@ class COCODetection(ImageSet):
         return tv_tensors.Image(image), target
 
     def truth(self) -> "COCO":
-        """The images and objects as COCO's evaluation takes them; categories have their labels for
-        ids, and the area, which counts only for measures that we do not take, is the box's."""
+        """The images and objects as COCO's evaluation takes them, with labels for category ids. The
+        area, here the box's, counts only for measures that we do not take."""
         truth, images, known = COCO(), [], []
         for image_id, h, w, objects in map(self.item, range(len(self))):
             images.append(dict(id=image_id, height=h, width=w))
             for label, box, segmentation, crowd in objects:
                 one = dict(image_id=image_id, category_id=label, area=box[2] * box[3], bbox=box)
-                # COCOeval takes the id 0 for no match
-                one |= dict(id=len(known) + 1, segmentation=segmentation, iscrowd=int(crowd))
-                known.append(one)
+                one |= dict(segmentation=segmentation, iscrowd=int(crowd))
+                known.append(one | dict(id=len(known) + 1))  # COCOeval takes 0 for no match
         kinds = [dict(id=label, name=name) for label, name in enumerate(self.classes, start=1)]
-        # older pycocotools ask for info
-        truth.dataset = dict(images=images, annotations=known, categories=kinds, info={})
+        truth.dataset = dict(images=images, annotations=known, categories=kinds)
+        truth.dataset["info"] = {}  # older pycocotools ask for it
         truth.createIndex()
         return truth
 
@@ -188,10 +184,9 @@ class COCODetection(ImageSet):
 
 
 def usable(annotation: dict, h: int, w: int) -> bool:
-    """Whether pycocotools can draw an object on an image of h x w; other input may end the process.
-
-    It has a box, and polygons of three points or more, or run lengths of the image's size; nothing
-    is farther outside of the image than that is large."""
+    """Whether an object of an image of h x w has a box, and polygons of three points or more or run
+    lengths of the image's size, and nothing is farther outside of the image than that is large.
+    Other input may end pycocotools' process."""
     far = max(h, w)
 
     def near(*places: float) -> bool:
@@ -223,26 +218,16 @@ def runs(packed: str) -> list[int]:
 
 
 def decode(segmentation: list | dict, h: int, w: int) -> np.ndarray:
-    """COCO's segmentation of an object, if it is `usable`, as a mask of 0 and 1, uint8 (h, w).
-
-    A list of polygons [x, y, x, y, …]; or run lengths, column by column, beginning with zeros, as
-    numbers or packed into a string.
-    """
-    if isinstance(segmentation, list):
-        return run_lengths.decode(run_lengths.merge(run_lengths.frPyObjects(segmentation, h, w)))
-    if isinstance(segmentation["counts"], list):
-        segmentation = run_lengths.frPyObjects(segmentation, h, w)
-    return run_lengths.decode(segmentation)
+    """A `usable` object's mask of 0 and 1, uint8 (h, w), from polygons [x, y, x, y, …] or run
+    lengths, column by column, beginning with zeros, as numbers or packed into a string."""
+    coco = COCO()
+    coco.imgs[0] = dict(height=h, width=w)
+    return coco.annToMask(dict(image_id=0, segmentation=segmentation))
 
 
 def load_coco(root: Path, split: str) -> COCODetection:
-    """COCO's layout: {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json.
-
-    Categories become the labels 1 … K in the order of their ids. Training images without any
-    annotation are left out (117,266 of COCO's stay); so are, with a word, objects that are not
-    `usable` and images that the file does not list. Ids, areas and `iscrowd` of objects may be
-    missing. Raises UserError for a file that is not COCO's, has two images or categories of one id,
-    or names an image or category that is not there.
+    """A split, as this file's first lines say. Raises UserError for an annotation file that is not
+    COCO's, has two images or categories of one id, or names an image or category that is not there.
     """
     folder = root / f"{split}2017"
     file = annotation_file(folder)
@@ -250,30 +235,29 @@ def load_coco(root: Path, split: str) -> COCODetection:
     try:
         content = json.loads(file.read_bytes())
         images, categories, found = (content[k] for k in ("images", "categories", "annotations"))
-        given = {"images of the id": [x["id"] for x in images]}
-        given["images of the name"] = [x["file_name"] for x in images]
-        given["categories of the id"] = [x["id"] for x in categories]
         names = {x["id"]: x["file_name"] for x in images}
         sizes = {x["id"]: (int(x["height"]), int(x["width"])) for x in images}
         kinds = {x["id"]: x["name"] for x in categories}
         label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
-        unlisted = dict(
-            image={x["image_id"] for x in found} - names.keys(),
-            category={x["category_id"] for x in found} - kinds.keys(),
-        )
-        missing = sorted(set(names.values()) - set(there := files_in(folder)))
+        annotated, used = ({x[k] for x in found} for k in ("image_id", "category_id"))
+        unlisted = dict(image=annotated - names.keys(), category=used - kinds.keys())
+        there = files_in(folder)
+        missing = sorted({*names.values()} - {*there})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
     require(kinds and names, f"{file} names no images, or no categories")
     require(min(map(min, sizes.values())) > 0, f"{file} has an image without size")
-    for what, values in given.items():
-        twice = [value for value, count in Counter(values).items() if count > 1]
-        require(not twice, f"{file} has two {what} {twice[:1]}")
+    for what, listed, key in (
+        ("images of the id", images, "id"),
+        ("images of the name", images, "file_name"),
+        ("categories of the id", categories, "id"),
+    ):
+        [(value, count)] = Counter(x[key] for x in listed).most_common(1)
+        require(count == 1, f"{file} has two {what} [{value!r}]")
     for what, ids in unlisted.items():
         require(not ids, f"{file} has annotations of {what} {[*ids][:1]}, which it does not list")
     require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
     say_left_out(sorted({*there} - {*names.values()}), f"images in {folder} are not in {file}")
-    annotated = {x["image_id"] for x in found}
     objects = {image: [] for image in names if split == "val" or image in annotated}
     require(objects, f"{file} has no annotation of any image")
     wrong = []
@@ -288,15 +272,15 @@ def load_coco(root: Path, split: str) -> COCODetection:
             one = label_of[x["category_id"]], x["bbox"], x["segmentation"], crowd
             objects[x["image_id"]].append(one)
     say_left_out(wrong, f"objects in {file} have no box or segmentation that can be drawn")
-    texts = [json.dumps((k, *sizes[k], v)).encode() for k, v in objects.items()]
+    items = [json.dumps((k, *sizes[k], v)).encode() for k, v in objects.items()]
     return COCODetection(
         file_names([names[image] for image in objects]),
         torch.arange(len(objects)),
         [kinds[kind] for kind in label_of],
         str(folder),
-        np.frombuffer(b"".join(texts), np.uint8),
-        np.cumsum([len(text) for text in texts]),
-        split == "train",
+        packed=np.frombuffer(b"".join(items), np.uint8),
+        ends=np.cumsum([0, *map(len, items)]),
+        training=split == "train",
     )
 
 
@@ -334,14 +318,13 @@ def mask_rcnn(
     dtype: torch.dtype = torch.float32,
     **more,
 ) -> detection.MaskRCNN:
-    """torchvision's Mask R-CNN on a pyramid and an FPN of `width` channels.
+    """torchvision's Mask R-CNN on a pyramid and an FPN of `width` channels, heads in proportion.
 
-    It takes a list of images, float (C, h, w), ImageNet-normalised, and in training the targets
-    that torchvision describes, and returns its losses or detections. num_classes counts the
-    background, class 0, as torchvision does. An image's short side becomes one of `sizes`, drawn in
-    training and the last in evaluation, the long side at most `longest`. Anchors are torchvision's,
-    8 strides a side. Encoder and FPN run under autocast to `dtype`, all else in float32. Heads of
-    another width are narrowed in proportion. more: torchvision's other arguments.
+    It takes a list of images, float (C, h, w), ImageNet-normalised; num_classes counts the
+    background, class 0. An image's short side becomes one of `sizes`, drawn in training and the
+    last in evaluation, the long side at most `longest`. Anchors are torchvision's, 8 strides a
+    side. Encoder and FPN run under autocast to `dtype`, all else in float32. more: torchvision's
+    other arguments.
     """
     model = FullPrecisionMaskRCNN(
         FeaturePyramid(vit, width, dtype),
@@ -360,10 +343,8 @@ def mask_rcnn(
 
 
 def detections(output: dict[str, Tensor]) -> list[dict]:
-    """What torchvision's model found on an image, as COCO's results, but for the ids.
-
-    output: boxes float (n, 4), scores (n,), labels int64 (n,), masks float (n, 1, h, w) in [0, 1].
-    """
+    """What torchvision's model found on an image, as COCO's results, but for the ids. output: boxes
+    float (n, 4), scores (n,), labels int64 (n,), masks float (n, 1, h, w) in [0, 1]."""
     masks = (output["masks"][:, 0] > 0.5).permute(1, 2, 0).byte().cpu().numpy()  # (h, w, n)
     parts = dict(
         bbox=box_convert(output["boxes"].double(), "xyxy", "xywh").tolist(),
@@ -377,18 +358,14 @@ def detections(output: dict[str, Tensor]) -> list[dict]:
 def coco_scores(found: list[tuple[int, list[dict]]], data: COCODetection) -> dict[str, float]:
     """COCO's average precision of boxes and masks, in percent, over the images in `found`.
 
-    found: of each image its id and its `detections`, be they none. data: the validation images. The
-    means are over the thresholds 0.5, 0.55, …, 0.95 of IoU, or at 0.5 or 0.75; NaN where there is
-    no object.
+    found: of each image its id and its `detections`, be they none. The means are over the
+    thresholds 0.5, 0.55, …, 0.95 of IoU, or at 0.5 or 0.75; NaN where there is no object.
     """
-    scores = {}
+    scores, results = {}, []
+    for image, objects in found:
+        results += [one | dict(image_id=image, category_id=one["label"]) for one in objects]
     with contextlib.redirect_stdout(io.StringIO()):  # COCO's classes print their progress
         truth = data.truth()
-        results = [
-            dict(one, image_id=image, category_id=one["label"])
-            for image, objects in found
-            for one in objects
-        ]
         guesses = truth.loadRes(results) if results else COCO()
         for name, kind in (("box", "bbox"), ("mask", "segm")):
             measure = COCOeval(truth, guesses, kind)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from common.data import batches
 from common.distributed import autocast, gather
 from mirl import ViT, require
+from tasks.classification import score
 
 
 def probe(
@@ -48,11 +49,8 @@ def probe(
 
 @contextlib.contextmanager
 def every_block(vit: ViT) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The pooled features of a ViT after each of its blocks: a function images -> (B, depth, D).
-
-    The mean over the patches, normed as the head's input is; with the pool "mean" the last are what
-    "knn" looks at.
-    """
+    """A function images -> (B, depth, D): after each block of a ViT the mean over the patches,
+    normed as the head's input is; with the pool "mean" the last are what "knn" looks at."""
     pooled: list[Tensor] = []  # of each block, (B, D)
     hooks = [
         block.register_forward_hook(lambda block, given, x: pooled.append(x[:, 1:].mean(dim=1)))
@@ -88,16 +86,13 @@ def features(
 
 def accuracy(scores: Tensor, truth: Tensor) -> dict[str, float]:
     """Top-1 and top-5 in percent. scores: float (m, classes); truth: int64 (m,)."""
-    hits = scores.topk(min(5, scores.shape[1])).indices == truth[:, None]
-    top1, top5 = hits[:, 0].sum().item(), hits.sum().item()
-    return dict(top1=100 * top1 / len(truth), top5=100 * top5 / len(truth))
+    top1, top5, _, n = score(scores, truth).tolist()
+    return dict(top1=100 * top1 / n, top5=100 * top5 / n)
 
 
 def knn_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
-    """Votes (m, classes) of the 20 nearest training features for each validation feature.
-
-    train: float (n, D), labels: int64 (n,), val: float (m, D). A vote weighs exp(cosine / 0.07).
-    """
+    """Votes (m, classes) for each of val, float (m, D), of the 20 nearest of train, float (n, D),
+    with labels, int64 (n,). A vote weighs exp(cosine / 0.07)."""
     train, val = F.normalize(train, dim=1), F.normalize(val, dim=1)
     votes = val.new_zeros(len(val), classes)
     for chunk, out in zip(val.split(1024), votes.split(1024), strict=True):
@@ -107,17 +102,12 @@ def knn_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tens
 
 
 def linear_scores(train: Tensor, labels: Tensor, val: Tensor, classes: int, seed: int) -> Tensor:
-    """Logits (m, classes) of a linear probe: batch norm without affine, then a linear layer.
-
-    It is trained on train, float (n, D), with labels, int64 (n,), for 100 epochs of batches of 256
-    and at least 1,000 steps, and asked about val, float (m, D).
-    """
+    """Logits (m, classes) for val, float (m, D), of batch norm without affine and a linear layer,
+    trained on train, float (n, D), with labels, int64 (n,), for 100 epochs of batches of 256 and at
+    least 1,000 steps."""
     torch.manual_seed(seed)
-    layers = (
-        nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6),
-        nn.Linear(train.shape[1], classes),
-    )
-    model = nn.Sequential(*layers).to(train.device)
+    norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)
+    model = nn.Sequential(norm, nn.Linear(train.shape[1], classes)).to(train.device)
     size = min(256, len(train))
     steps = len(train) // size
     epochs = max(100, math.ceil(1000 / steps))

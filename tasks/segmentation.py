@@ -1,6 +1,11 @@
-"""Semantic segmentation: UperNet, ADE20K's layout, and the mean IoU of the classes. [S A.2]"""
+"""Semantic segmentation: UperNet, ADE20K's layout, and the mean IoU of the classes. [S A.2]
 
-import argparse
+The layout: images/{training,validation}/*.jpg and annotations/{training,validation}/*.png of the
+same names, with a label for each pixel: 1 … K, or 0 ("other") or 255 where it counts for nothing.
+The classes' names are the lines of classes.txt, or the last column of ADE20K's own
+objectInfo150.txt; where there is neither, there are 150 classes.
+"""
+
 import functools
 import os
 from collections.abc import Callable
@@ -17,37 +22,32 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images, subset
-from common.distributed import autocast, gather, pick_dtype, say
-from mirl import IMAGENET_MEAN, Config, ViT, at_least_float32, require
+from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images
+from common.distributed import autocast, gather, say
+from mirl import Config, ViT, at_least_float32, require
+from tasks.classification import GREY, Classification, wanted_images
 from tasks.dense import Pyramid, data_folder, overlay, read_sized, resize_maps, say_left_out
 
 IGNORED = 255  # the label of pixels that count for nothing
-GREY = [round(255 * m) for m in IMAGENET_MEAN]  # where an image is too small for a crop
 
 
-class Segmentation:
+class Segmentation(Classification):
     """What --task segment decides around the loop of train_finetune.py."""
 
     best = "miou"
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
-        self.dtype = pick_dtype(args.dtype, device)
-
     def data(self, split: str) -> ImageSet:
         """As in `Classification`. Raises UserError where no pixel counts; before a training, for
         any wrong label of the validation."""
-        args, counts = self.args, False
+        args = self.args
         data = load_ade20k(data_folder(args.data, args.data_dir), split)
-        seed, wanted = args.seed if split == "train" else 0, getattr(args, f"{split}_images")
-        data = subset(data, wanted, seed, f"--{split}-images")
-        for pair in map(data.read, range(len(data))):
-            counts = counts or (pair is not None and bool((pair[1] != IGNORED).any()))
-            if counts and (split == "train" or args.eval):
-                break
+        data = wanted_images(data, args, split)
+        pairs = filter(None, map(data.read, range(len(data))))
+        counts = (bool((labels != IGNORED).any()) for _, labels in pairs)
+        if split == "val" and not args.eval:
+            counts = list(counts)  # reads them all, and not up to the first that counts
         require(
-            counts,
+            any(counts),
             f"--data {args.data}: no pixel of {split} counts: its annotations hold nothing but 0 "
             f"and {IGNORED}, and the classes are 1 to {len(data.classes)}",
         )
@@ -76,10 +76,7 @@ class Segmentation:
 
     @torch.no_grad()
     def evaluate(self, models: list[nn.Module], loader: DataLoader) -> list[dict[str, float]]:
-        """Each model's `segmentation_scores` at the labels' own size, over all processes.
-
-        models: images (B, 3, H, W) -> logits (B, classes, H, W).
-        """
+        """Each model's `segmentation_scores` at the labels' own size, over all processes."""
         classes = len(loader.dataset.data.classes)
         matrices = torch.zeros(len(models), classes, classes, dtype=torch.int64, device=self.device)
         for model in models:
@@ -107,27 +104,20 @@ class Segmentation:
 
 
 class ADE20K(ImageSet):
-    """Images and a label for each of their pixels, in ADE20K's layout.
-
-    `images` are names below <root>/images; labels are PNG files of these names below
-    <root>/annotations.
-    """
+    """Images, names below <root>/images, and a label for each of their pixels."""
 
     def paths(self, i: int) -> tuple[str, str]:
         """The files of image i and of its labels."""
         name = os.fsdecode(self.images[i])
-        stem, _ = os.path.splitext(name)
-        return f"{self.root}/images/{name}", f"{self.root}/annotations/{stem}.png"
+        labels = os.path.splitext(name)[0] + ".png"
+        return f"{self.root}/images/{name}", f"{self.root}/annotations/{labels}"
 
     def name(self, i: int) -> str:
         return self.paths(i)[0] + " or its annotation"
 
     def read(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask] | None:
-        """Image i, uint8 (3, h, w), and labels, uint8 (h, w); None where one cannot be read.
-
-        The file's labels 1 … K become 0 … K − 1, its 0 ("other") becomes 255 and 255 stays. Raises
-        UserError for other labels, or a map of another size.
-        """
+        """Image i, uint8 (3, h, w), and labels, uint8 (h, w), 0 … K − 1 or 255; None where one
+        cannot be read. Raises UserError for other labels, or a map of another size."""
         path, map_path = self.paths(i)
         try:
             with Image.open(map_path) as file:
@@ -154,12 +144,8 @@ class ADE20K(ImageSet):
 
 
 def load_ade20k(root: Path, split: str) -> ADE20K:
-    """ADE20K's layout: images/{training,validation}/*.jpg and annotations/…/*.png.
-
-    The classes' names are the lines of classes.txt or the last column of ADE20K's own
-    objectInfo150.txt; where there is neither, there are 150 classes. Raises UserError where images
-    and annotations do not belong together.
-    """
+    """A split, as this file's first lines say. Raises UserError where images and annotations do not
+    belong together."""
     part = dict(train="training", val="validation")[split]
     images, maps = root / "images" / part, root / "annotations" / part
     image_of: dict[str, str] = {}
@@ -184,9 +170,7 @@ def load_ade20k(root: Path, split: str) -> ADE20K:
 
 class VariedCrop(v2.RandomCrop):
     """A random crop, drawn anew up to ten times while one class covers over 75 % of its labels.
-
-    What is missing of smaller images is of the mean colour, and ignored.
-    """
+    What is missing of smaller images is of the mean colour, and ignored."""
 
     def __init__(self, size: int):
         fill = {tv_tensors.Image: GREY, tv_tensors.Mask: IGNORED}
@@ -205,10 +189,10 @@ class VariedCrop(v2.RandomCrop):
 def segment_transform(size: int, training: bool) -> Callable:
     """(image, labels), uint8 (3, h, w) and (h, w) -> the same, moved alike. [S A.2, BEiT]
 
-    In training the short side is resized to `size` times a draw from [0.5, 2], but for sizes up to
-    64 to `size`; then a crop of size × size, a flip, and changes of brightness, contrast,
-    saturation and hue, each with probability 1/2. In validation the image's short side becomes
-    `size`, but the long one at most four times that, and the labels stay.
+    In training the short side becomes `size` times a draw from [0.5, 2], for sizes up to 64 `size`;
+    then a crop of size × size, a flip, and changes of brightness, contrast, saturation and hue,
+    each with probability 1/2. In validation the image's short side becomes `size`, the long one at
+    most four times that, and the labels stay.
     """
     if not training:
         # of two plain tensors v2 takes the first for the image, and leaves the other alone
@@ -223,13 +207,12 @@ def segment_transform(size: int, training: bool) -> Callable:
 
 
 class UperNet(nn.Module):
-    """A pyramid, and the UperNet head on it, of `width` channels, default D.
+    """A pyramid, and the UperNet head on it, of `width` channels, default D: images (B, C, H, W) ->
+    logits, float32 (B, classes, H, W); in training a dict, "out" and the auxiliary head's "aux".
 
-    Images (B, C, H, W) -> logits, float32 (B, classes, H, W); in training a dict of them, "out",
-    and of the auxiliary head's, "aux", as torchvision's models give it. The coarsest map is pooled
-    to 1, 2, 3 and 6 cells a side; what that gives flows down into the finer maps, and all together
-    are classified. The auxiliary head sees the third map alone. Training needs two images, because
-    1 × 1 cells of one have no variance. Raises UserError as `Pyramid` does.
+    The coarsest map is pooled to 1, 2, 3 and 6 cells a side; what that gives flows down into the
+    finer maps, and all together are classified. The auxiliary head sees the third map alone.
+    Training needs two images, because 1 × 1 cells of one have no variance.
     """
 
     def __init__(self, vit: ViT, num_classes: int, width: int | None = None):
@@ -268,11 +251,9 @@ class UperNet(nn.Module):
 
 
 def segmentation_loss(out: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Cross-entropy of `UperNet`'s logits plus 0.4 times the auxiliary head's, a scalar.
-
-    labels: int64 (B, H, W), 255 where ignored. The mean is over all pixels, and an ignored one
-    counts as 0, as in the references; an image without labels is then no division by zero.
-    """
+    """Cross-entropy of `UperNet`'s logits plus 0.4 times the auxiliary head's, a scalar; labels:
+    int64 (B, H, W). The mean is over all pixels, and an ignored one counts as 0, as in the
+    references; an image without labels is then no division by zero."""
     loss = functools.partial(F.cross_entropy, target=labels, ignore_index=IGNORED, reduction="none")
     return loss(out["out"]).mean() + 0.4 * loss(out["aux"]).mean()
 
@@ -286,9 +267,7 @@ def whole_inference(model: Callable, images: Tensor) -> Tensor:
 
 def slide_inference(model: Callable, images: Tensor, size: int, stride: int) -> Tensor:
     """Logits (B, classes, H, W): the mean over windows of `size` that cover images (B, 3, H, W).
-
-    The last window of a row or column ends at the edge, as in mmsegmentation.
-    """
+    The last window of a row or column ends at the edge, as in mmsegmentation."""
 
     def starts(length: int) -> list[int]:
         last = max(length - size, 0)
@@ -309,20 +288,18 @@ def slide_inference(model: Callable, images: Tensor, size: int, stride: int) -> 
 def confusion_matrix(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
     """How many pixels of each class (rows) are taken for which (columns), int64 (C, C).
 
-    prediction: int64, labels: integers of the same shape; those of 255 do not count. It is made
-    without waiting for the device, which torch.bincount would do.
+    prediction: int64, labels: integers of the same shape; those of 255 do not count.
     """
     labels = labels.long()
     cells = torch.where(labels == IGNORED, classes**2, labels * classes + prediction).flatten()
+    # torch.bincount would wait for the device
     counts = cells.new_zeros(classes**2 + 1).scatter_add_(0, cells, torch.ones_like(cells))
     return counts[:-1].view(classes, classes)
 
 
 def segmentation_scores(matrix: Tensor) -> dict[str, float]:
-    """Means over the classes of IoU and of accuracy, and the pixels' accuracy, in percent.
-
-    matrix: as `confusion_matrix` makes it. A class that is nowhere does not count.
-    """
+    """Of a `confusion_matrix` the means over the classes of IoU and of accuracy, and the pixels'
+    accuracy, in percent. A class that is nowhere does not count."""
     matrix = matrix.double()
     hits, truth, found = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
     scores = dict(

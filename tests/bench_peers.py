@@ -5,15 +5,13 @@
     python tests/bench_peers.py --models vit_b --mode finetune
     python tests/bench_peers.py --models vit_b --mode pretrain
 
-Flags, counting and table are those of eval_speed.py, and so is the step: every model has the same
-batch, precision and optimiser, starts at random and takes its turn, window by window. Their sizes
-agree but for tables of positions that are learned; TFLOP/s and "of peak" allow for the rest.
+Flags, counting, table and step are those of eval_speed.py: every model has the same batch,
+precision and optimiser, starts at random and takes its turn. Sizes agree but for learned positions.
 
 - infer, finetune: our ViT beside the VisionTransformer of timm and of torchvision.
 - pretrain: MIRL and our MAE (with --method mae that alone) beside ViTMAEForPreTraining of
-  transformers, and `TimmMAE`, the shape of facebookresearch/mae, which asks for timm 0.3.2 itself:
-  an encoder of the visible patches, a decoder of all tokens. Both of theirs compute visible patches
-  in the decoder's last block, for the same predictions; transformers embeds the masked ones too.
+  transformers and `TimmMAE`. Both of theirs compute visible patches in the decoder's last block,
+  for the same predictions; transformers embeds the masked ones too.
 """
 
 import argparse

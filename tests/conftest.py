@@ -17,6 +17,7 @@ import common.shapes
 import train_finetune
 from common.checkpoint import load_file
 from common.cli import run_script
+from mirl import UserError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -62,15 +63,14 @@ SERVER.set_forkserver_preload(["pytest", "torchvision", "torch.distributed", "to
 
 
 def start(code, world=1):
-    """So many processes, as torchrun would start them, each of which runs this code. It may import
-    from the project and from its tests, and has the small shapes."""
+    """So many processes, as by torchrun, that run this code, which may import what is here."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    common_to_all = dict(WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     processes = []
     for rank in range(world):
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
-        environment |= dict(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS=1)
+        environment = common_to_all | dict(RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS=1)
         environment = {k: str(v) for k, v in environment.items()}
         program = f"import os; os.environ.update({environment})\nimport torch, conftest\n"
         program += "torch.set_num_threads(1); conftest.few_shapes(conftest.pytest.MonkeyPatch())\n"
@@ -90,14 +90,13 @@ def succeed(processes):
 
 
 def interrupt(*given):
-    """Ctrl-C. It ends a run with the code 130; what it leaves is what any sudden end leaves."""
+    """Ctrl-C: what it leaves is what any sudden end leaves."""
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def at_batch(script, epoch, batch, act):
-    """Within, `act` is called on the images of this batch of this epoch (both from 0) before the
-    script has them."""
+    """`act` is called on the images of this batch of this epoch, both from 0, before the script."""
     original = script.batches
 
     def batches_with_an_act(loader, device):
@@ -137,6 +136,13 @@ def stored(path, content):
     return str(path)
 
 
+def refused(function, *given, message, **named):
+    """The sentence in which the call is refused."""
+    with pytest.raises(UserError, match=message) as error:
+        function(*given, **named)
+    return str(error.value)
+
+
 def write_images(folder, count=33, seed=0):
     """The first small shapes as files 000.png, 001.png, …"""
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,12 +166,10 @@ def pictures(size):
 
 def ade(folder):
     """A few files as ADE20K has them: JPEG images, PNG maps of labels 0 to 150."""
-    info = [
-        "Idx\tRatio\tTrain\tVal\tStuff\tName",
-        *(f"{k}\t0\t1\t1\t0\tkind {k}" for k in range(1, 151)),
-    ]
+    kinds = "Idx\tRatio\tTrain\tVal\tStuff\tName\n"
+    kinds += "".join(f"{k}\t0\t1\t1\t0\tkind {k}\n" for k in range(1, 151))
     folder.mkdir(exist_ok=True)
-    (folder / "objectInfo150.txt").write_text("\n".join(info) + "\n")
+    (folder / "objectInfo150.txt").write_text(kinds)
     for part, name in (("training", "ADE_train"), ("validation", "ADE_val")):
         images, annotations = folder / "images" / part, folder / "annotations" / part
         images.mkdir(parents=True)
@@ -181,27 +185,20 @@ def ade(folder):
 def coco(folder, change=lambda content: None):
     """A few files as COCO has them: ids with holes, polygons, a crowd, an image without objects."""
     objects = [
-        (139, 90, [5.0, 4.0, 20.0, 10.0]),
-        (139, 1, [30.0, 20.0, 25.0, 30.0]),  # beyond the edges
-        (139, 3, [8.0, 8.0, 0.0, 6.0]),
-        (139, 1, [3.0, 0.0, 7.0, 31.0]),
-        (724, 3, [10.0, 2.0, 12.0, 20.0]),
+        (139, 90, 5.0, 4.0, 20.0, 10.0),
+        (139, 1, 30.0, 20.0, 25.0, 30.0),  # beyond the edges
+        (139, 3, 8.0, 8.0, 0.0, 6.0),
+        (139, 1, 3.0, 0.0, 7.0, 31.0),
+        (724, 3, 10.0, 2.0, 12.0, 20.0),
     ]
-    annotations = [
-        dict(
-            id=900 + i,
-            image_id=image,
-            category_id=kind,
-            bbox=[x, y, w, h],
-            area=w * h,
-            segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
-            iscrowd=0,
-        )
-        for i, (image, kind, (x, y, w, h)) in enumerate(objects)
-    ]
+    annotations = []
+    for i, (image, kind, x, y, w, h) in enumerate(objects, start=900):
+        own = dict(id=i, image_id=image, category_id=kind, bbox=[x, y, w, h], area=w * h)
+        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+        annotations.append(own | dict(segmentation=[polygon], iscrowd=0))
     crowd = dict(size=[31, 45], counts=[100, 200, 31 * 45 - 300])
     annotations[3] |= dict(segmentation=crowd, iscrowd=1)
-    names = {139: "000000000139.jpg", 285: "000000000285.jpg", 724: "000000000724.jpg"}
+    names = {k: f"{k:012d}.jpg" for k in (139, 285, 724)}
     images = [dict(id=k, file_name=n, height=31, width=45, license=1) for k, n in names.items()]
     kinds = [(90, "toothbrush"), (1, "person"), (3, "car")]
     categories = [dict(id=k, name=name, supercategory="thing") for k, name in kinds]
@@ -212,6 +209,5 @@ def coco(folder, change=lambda content: None):
         (folder / split).mkdir()
         for picture, name in zip(pictures((45, 31)), names.values(), strict=True):
             picture.save(folder / split / name)
-        file = folder / "annotations" / f"instances_{split}.json"
-        file.write_text(json.dumps(content))
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return folder

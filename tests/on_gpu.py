@@ -4,11 +4,9 @@
     python tests/on_gpu.py --minutes 4            the most telling parts
     python tests/on_gpu.py --only steps infer     some of them
 
-First, several parts at a time and in half of the minutes at most: does it work? Then one by one,
-each with the GPU to itself, the most telling first: how fast is it? A part is a process with a time
-limit of its own: one that fails says what, and the others go on. Results are printed as they come,
---out/results.json is written after each part, and all that a part said is in --out/PART/log.txt.
-Without a GPU the same parts run in small on the CPU.
+First, several parts at a time: does it work? Then one by one: how fast is it? Each is a process
+with a time limit of its own. Results are printed as they come and kept in --out/results.json, what
+a part says in --out/PART/log.txt. Without a GPU the CPU does small things.
 """
 
 import argparse
@@ -36,8 +34,7 @@ import mirl
 ROOT = Path(mirl.__file__).parent
 FOUND = "found: "  # begins those lines of a part's log that are its results
 
-# -- What parts use. A part runs in a process and a folder of its own; gpus: how many there are, 0
-# -- for little things on the CPU.
+# -- What parts use, each in a process and a folder of its own. gpus: 0 for small things on the CPU
 
 
 def found(**results) -> None:
@@ -115,15 +112,14 @@ def tests(gpus: int) -> None:
 
 
 def quick(gpus: int) -> None:
-    """The quick recipes to their end, each killed after its first checkpoint and resumed."""
+    """The quick recipes to their end."""
     few = [] if gpus else ["--epochs", 3, "--warmup-epochs", 1]
     found(loss=resumed("pretrain", gpus, *few)["loss"])
-    encoder = ["--from", "pretrain/encoder.pt"]
-    found(top1=resumed("finetune", gpus, *few, *encoder)["raw_top1"])
+    found(top1=resumed("finetune", gpus, *few, "--from", "pretrain/encoder.pt")["raw_top1"])
 
 
 def resumed(kind: str, gpus: int, *flags) -> dict:
-    """The last epoch of a training that was killed in the middle."""
+    """The last epoch of a training that was killed after its first checkpoint, and resumed."""
     command = training(kind, gpus, *flags)
     process = subprocess.Popen([sys.executable, *map(str, command)])
     while process.poll() is None and not Path(kind, "checkpoint.pt").exists():
@@ -161,8 +157,7 @@ def torchrun(gpus: int) -> None:
 
 
 def speed(mode: str, batch: int, *models: str, gpus: int, compile=False, peers=False) -> None:
-    """The models of Table 4, or these, in bf16: images a second, share of the rate of a large
-    matrix product, memory. peers: in turn with other libraries', of those that are installed."""
+    """Speed in bf16 of the models of Table 4, or of these; with `peers` other libraries' too."""
     bench_peers.PEERS[mode] = tuple(filter(find_spec, bench_peers.PEERS[mode]))
     flags = ["--batch-size", batch, "--windows", 3, "--seconds", 0.5, "--dtype", "bf16"]
     flags += ["--models", *models] if models else []
@@ -186,8 +181,8 @@ def depth(gpus: int) -> None:
         print(line, end="", flush=True)
         if line.startswith("{"):
             cell = json.loads(line)
-            keys = cell.keys() & {"loss", "top1", "linear", "knn"}
-            found(**{f"{cell['cell']} {k}": cell[k] for k in sorted(keys)})
+            keys = ("knn", "linear", "loss", "top1")
+            found(**{f"{cell['cell']} {k}": cell[k] for k in keys if k in cell})
     sys.exit(study.wait())
 
 
@@ -250,18 +245,17 @@ def end(process: subprocess.Popen) -> None:
 def read_log(path: Path) -> tuple[dict, list[str]]:
     """A part's results, and its last words: what names an error, and how it ended."""
     results, said = {}, []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in filter(str.strip, path.read_text(errors="replace").splitlines()):
         if line.startswith(FOUND):
             results |= json.loads(line.removeprefix(FOUND))
-        elif line.strip():
+        else:
             said.append(line[:300])
     errors = [line for line in said if "rror: " in line or line.startswith("FAILED ")]
     return results, list(dict.fromkeys(errors[-3:] + said[-3:]))
 
 
 def run(names: list[str], at_once: int, until: float, out: Path, gpus: int):
-    """Run parts, so many at a time, until this time. Yields each as it ends: its name, and state,
-    seconds, results and, if there is something to say, last words."""
+    """Run parts, so many at a time, until this time; yield each name and report as it ends."""
     running = {}
     try:
         while names or running:

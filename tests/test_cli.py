@@ -35,26 +35,24 @@ def test_how_a_script_ends(capsys, monkeypatch):
         exit_code = 1
 
     def ends(error):
-        def main(argv):
-            raise error
-
         with pytest.raises(SystemExit) as stop:
-            cli.run_script(main)
+            cli.run_script(Mock(side_effect=error))
         return stop.value.code, capsys.readouterr().err
 
     full = RuntimeError("Traceback …\nCUDA out of memory. Tried to allocate 2 GiB")
-    assert ends(UserError("No.")) == (2, "error: No.\n")
-    assert ends(Lost("Lost.")) == (1, "error: Lost.\n")
-    assert ends(OSError("")) == (2, "error: OSError\n")
-    worker = UserError("Traceback …\nmirl.UserError: In a worker.")
-    assert ends(worker) == (2, "error: In a worker.\n")
-    assert ends(full) == (1, "error: the memory does not suffice: lower the (device) batch size\n")
+    for error, code, told in (
+        (UserError("No."), 2, "No."),
+        (Lost("Lost."), 1, "Lost."),
+        (OSError(""), 2, "OSError"),
+        (UserError("Traceback …\nmirl.UserError: In a worker."), 2, "In a worker."),
+        (full, 1, "the memory does not suffice: lower the (device) batch size"),
+    ):
+        assert ends(error) == (code, f"error: {told}\n")
     assert ends(KeyboardInterrupt())[0] == 130
     with pytest.raises(RuntimeError, match="a bug"):
         ends(RuntimeError("a bug"))
-    monkeypatch.setattr(cli, "time", Mock())
-    monkeypatch.setattr(cli, "LOCAL_RANK", 1)
-    monkeypatch.setattr(cli, "RANK", 9)
+    for name, value in dict(time=Mock(), LOCAL_RANK=1, RANK=9).items():
+        monkeypatch.setattr(cli, name, value)
     assert ends(UserError("No.")) == (2, "error: process 9: No.\n")
     assert cli.time.sleep.called
 
@@ -73,8 +71,7 @@ def test_a_log_that_cannot_write_every_name(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", 2), ("RANK", 3)])
 def test_an_environment_that_is_torchruns_in_part(monkeypatch, name, value):
-    others = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-    others.remove(name)
+    others = [x for x in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x != name]
     for other in others:
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, str(value))
@@ -84,25 +81,25 @@ def test_an_environment_that_is_torchruns_in_part(monkeypatch, name, value):
         pass
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
-def test_what_precision_a_gpu_gets(monkeypatch, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    device = torch.device("cuda")
-    assert distributed.pick_dtype("auto", device) == getattr(torch, dtype)
-    assert distributed.pick_dtype("fp16", device) == torch.float16
+def test_what_precision_a_gpu_gets(monkeypatch):
+    device, capability = torch.device("cuda"), Mock(return_value=(8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    assert distributed.pick_dtype("auto", device) == torch.bfloat16
     assert distributed.pick_dtype("auto", CPU) == torch.float32
-    if dtype == "float32":
-        with pytest.raises(UserError, match="--dtype bf16: this GPU has no bf16"):
-            distributed.pick_dtype("bf16", device)
+    capability.return_value = (7, 5)
+    assert distributed.pick_dtype("auto", device) == torch.float32
+    assert distributed.pick_dtype("fp16", device) == torch.float16
+    with pytest.raises(UserError, match="--dtype bf16: this GPU has no bf16"):
+        distributed.pick_dtype("bf16", device)
 
 
 def test_which_device(monkeypatch):
-    here = Mock(is_available=lambda: False)
+    here = Mock(is_available=Mock(return_value=False))
     monkeypatch.setattr(torch, "accelerator", here)
     assert distributed.pick_device("auto") == CPU
     monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
-    here.is_available = lambda: True
-    here.current_accelerator = lambda: torch.device("mps")  # of which there is one
+    here.is_available.return_value = True
+    here.current_accelerator.return_value = torch.device("mps")  # of which there is one
     assert distributed.pick_device("auto") == distributed.pick_device("cpu") == CPU
     for flag in ("cuda:1", "mps"):
         with pytest.raises(UserError, match=f"--device {flag} is for one process"):
@@ -110,7 +107,6 @@ def test_which_device(monkeypatch):
 
 
 def in_each_of_two_processes(folder):
-    """Called by the next test."""
     rank = distributed.RANK
     with distributed.process_group("cpu"):
         with distributed.rank_zero_first():

@@ -1,12 +1,13 @@
 """The data: against torchvision and PIL where they do the same, and against what is promised."""
 
+import os
 import pickle
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, make_shapes, write_images
+from conftest import CPU, make_shapes, refused, write_images
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -19,6 +20,10 @@ from common.data import AugmentedImages, EpochSampler, ImageSet, batches, file_n
 from mirl import UserError
 
 CROP = v2.RandomResizedCrop(32, (0.2, 1.0))
+
+
+def load(name, place=""):
+    return [data.load_data(str(name), place, split) for split in ("train", "val")]
 
 
 def files(folder):
@@ -38,50 +43,37 @@ def epoch(one, number):
     return list(batches(one, CPU))
 
 
-# -- the embedded data sets --
-
-
 def test_shapes_are_the_same_every_time():
     (a, labels), (b, _), (c, _) = (common.shapes.make_shapes(1200, seed) for seed in (0, 0, 1))
     assert a.shape == (1200, 3, 32, 32) and a.dtype == torch.uint8
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.bincount(labels, minlength=16).min() > 40 and len(common.shapes.CLASSES) == 16
     assert common.shapes.CLASSES[5] == "square of checks"
-
-
-def test_shapes_have_hardly_a_flat_patch():
-    """Per-patch normalisation would blow the rounding noise of flat patches up to full scale."""
-    patches = mirl.patchify(common.shapes.make_shapes(500, 0)[0].float(), 4)
-    gray_levels = patches.unflatten(2, (16, 3)).std(dim=2).amax(dim=2)  # of the liveliest channel
-    assert (gray_levels < 1).float().mean() < 0.02
+    # flat patches, of which per-patch normalisation would blow up the rounding noise, are few
+    patches = mirl.patchify(a[:500].float(), 4).unflatten(2, (16, 3))
+    assert (patches.std(dim=2).amax(dim=2) < 1).float().mean() < 0.02
 
 
 def test_the_embedded_splits(monkeypatch):
-    made = []
-
-    def few(count, seed):
-        made.append((count, seed))
-        return make_shapes(33, seed)
-
-    monkeypatch.setattr(data, "make_shapes", few)
-    train, val = (data.load_data("shapes", "", split) for split in ("train", "val"))
+    make = Mock(side_effect=lambda count, seed: make_shapes(33, seed))
+    monkeypatch.setattr(data, "make_shapes", make)
+    train, val = load("shapes")
     assert train.classes == val.classes == common.shapes.CLASSES
-    assert train.digest() != val.digest() and made == [(10_000, 0), (1_000, 1)]
-
-
-# -- images and files --
+    assert train.digest() != val.digest()
+    assert make.call_args_list == [call(10_000, seed=0), call(1_000, seed=1)]
 
 
 def test_every_kind_of_file_is_read_as_pil_reads_it(tmp_path):
-    image = Image.fromarray(make_shapes(33, 0)[0][0].permute(1, 2, 0).numpy()).resize((45, 31))
+    image = TF.to_pil_image(make_shapes(33, 0)[0][0]).resize((45, 31))
     clear = image.copy()
     clear.putalpha(128)
-    grey = image.convert("L")
-    kinds = {"a.jpg": image, "grey.jpg": grey, "cmyk.jpg": image.convert("CMYK")}
-    kinds |= {"a.png": image, "grey.png": grey, "palette.png": image.convert("P")}
-    kinds |= {"alpha.png": clear, "bits.png": image.convert("1"), "a.gif": image}
-    kinds |= {"a.bmp": image, "a.tiff": image, "a.webp": image, "alpha.webp": clear}
-    kinds |= {"猫 ö.png": image, "b\udcff.png": image, "png.jpg": image}  # one is no UTF-8
+    kinds = dict.fromkeys(
+        ["a.jpg", "a.png", "a.gif", "a.bmp", "a.tiff", "a.webp", "png.jpg"], image
+    )
+    kinds |= {"png.jpg": image, "猫 ö.png": image, "b\udcff.png": image}  # one is no UTF-8
+    kinds |= {"grey.jpg": image.convert("L"), "grey.png": image.convert("L")}
+    kinds |= {"cmyk.jpg": image.convert("CMYK"), "palette.png": image.convert("P")}
+    kinds |= {"alpha.png": clear, "alpha.webp": clear, "bits.png": image.convert("1")}
     for name, kind in kinds.items():
         kind.save(tmp_path / name, "PNG" if name == "png.jpg" else None)
         names = file_names([name, "a name that is longer"])
@@ -127,19 +119,20 @@ def test_photos_given_to_a_flag_are_upright(tmp_path, kind):
 
 
 def test_what_cannot_be_read_is_none(tmp_path):
-    for name in ("a.jpg", "a.png", "a.webp", "a.bmp"):
+    names = ["a.jpg", "a.png", "a.webp", "a.bmp", "empty.png", "text.jpg", "none.png"]
+    for name in names[:4]:
         Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / name)
-        whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        os.truncate(tmp_path / name, (tmp_path / name).stat().st_size // 2)
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("not an image")
-    names = ["a.jpg", "a.png", "a.webp", "a.bmp", "empty.png", "text.jpg", "none.png"]
     images = ImageSet(file_names(names), torch.zeros(7), [], str(tmp_path))
     assert [images.read(i) for i in range(7)] == [None] * 7
-    with pytest.raises(UserError, match=r"--draw: .*/text.jpg cannot be read as an image"):
-        data.read_images("--draw", [str(tmp_path / "text.jpg")])
-    with pytest.raises(UserError, match=r"--draw: there is no file .*/none.png"):
-        data.read_images("--draw", [str(tmp_path / "none.png")])
+    for name, told in (
+        (5, ".*/text.jpg cannot be read as an"),
+        (6, "there is no file .*/none.png"),
+    ):
+        with pytest.raises(UserError, match=f"--draw: {told}"):
+            data.read_images("--draw", [str(tmp_path / names[name])])
 
 
 def test_the_digest_tells_data_sets_apart():
@@ -153,17 +146,14 @@ def test_the_digest_tells_data_sets_apart():
     b, c = (ImageSet(*common.shapes.make_shapes(3, 0), []) for _ in range(2))
     assert b.digest() == c.digest()
     c.images[2, 0, 5, 5] += 1
-    assert b.digest() != c.digest()
-    assert b.select(torch.tensor([1, 0])).digest() != b.select(torch.tensor([0, 1])).digest()
+    orders = [b.select(torch.tensor(order)).digest() for order in ([0, 1], [1, 0])]
+    assert b.digest() != c.digest() and orders[0] != orders[1]
 
 
 def test_folders(tmp_path):
-    def load(name):
-        return (data.load_data(str(tmp_path / name), "", split) for split in ("train", "val"))
-
     for folder, count in (("train/cat", 3), ("train/dog", 2), ("val/cat", 1), ("val", 1)):
         write_images(tmp_path / "net" / folder, count)
-    train, val = load("net")
+    train, val = load(tmp_path / "net")
     assert train.labels.tolist() == [0, 0, 0, 1, 1] and train.classes == ["cat", "dog"]
     assert sorted(val.labels.tolist()) == [-1, 0] and val.classes == train.classes
     assert train.name(3) == str(tmp_path / "net/train/dog/000.png") and train.read(3) is not None
@@ -171,14 +161,14 @@ def test_folders(tmp_path):
     assert dog.name(0).endswith("dog/001.png") and dog.labels.tolist() == [1]
     for split in ("train", "val"):
         write_images(tmp_path / "bare" / split, 3)
-    assert all(x.classes == [] and x.labels.tolist() == [-1] * 3 for x in load("bare"))
+    assert all(x.classes == [] and x.labels.tolist() == [-1] * 3 for x in load(tmp_path / "bare"))
+    # without a split for validation, every fiftieth image is for it, and one at least
     write_images(tmp_path / "flat" / "deep" / "deeper", 33)
     write_images(tmp_path / "flat" / "other", 27)
     (tmp_path / "flat" / "notes.txt").write_text("not an image")
     write_images(tmp_path / "half" / "train" / "cat", 3)
-    every_fiftieth = (("flat", [58, 2], "other/017.png"), ("half", [2, 1], "cat/000.png"))
-    for name, counts, last in every_fiftieth:
-        splits = [{x.name(i) for i in range(len(x))} for x in load(name)]
+    for name, counts, last in (("flat", [58, 2], "other/017.png"), ("half", [2, 1], "cat/000.png")):
+        splits = [{x.name(i) for i in range(len(x))} for x in load(tmp_path / name)]
         assert [len(names) for names in splits] == counts and not set.intersection(*splits)
         assert max(splits[1]).endswith(last)
 
@@ -190,36 +180,32 @@ def test_names_that_systems_leave_are_no_data(tmp_path, capsys):
             write_images(tmp_path / split / name, 1)
         for name in ("cat/._000.png", "cat/Thumbs.db", "cat/README", "labels.json"):
             (tmp_path / split / name).write_bytes(b"no image")
-    for split in ("train", "val"):
-        found = data.load_folder(tmp_path, split)
-        assert (found.classes, found.labels.tolist()) == (["cat"], [0, 0])
+    assert [(x.classes, x.labels.tolist()) for x in load(tmp_path)] == [(["cat"], [0, 0])] * 2
     assert len(files(tmp_path / "train")) + 1 == len(data.files_in(tmp_path / "train")) == 2
     assert not capsys.readouterr().out
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
     def told(folder):
-        for split in ("train", "val"):
-            data.load_folder(folder, split)
+        assert load(folder)
         return [x.removeprefix("warning: ") for x in capsys.readouterr().out.splitlines()]
 
     for split in ("train", "val", "test"):
         write_images(tmp_path / split / "cat", 2)
     for name in ("eel", "dog"):
         (tmp_path / "train" / name).mkdir()
-    assert told(tmp_path) == [
-        f"{tmp_path}/train: classes without an image, which the head has all the same: 2, the "
-        "first is dog"
-    ]
+    empty = "classes without an image, which the head has all the same: 2, the first is dog"
+    assert told(tmp_path) == [f"{tmp_path}/train: {empty}"]
     for name in ("dog/b.heic", "dog/a.zip", "dog/c.GIF", "eel/d.jp2"):
         (tmp_path / "train" / name).touch()
-    assert data.load_folder(tmp_path, "train").labels.tolist() == [0, 0, 1, 2]
     kinds = f"{tmp_path}/train: files of other kinds left out: 2, the first is dog/a.zip"
     assert told(tmp_path) == [kinds]  # once, and what PIL reads is data
+    assert load(tmp_path)[0].labels.tolist() == [0, 0, 1, 2]
     (tmp_path / "train").rename(tmp_path / "flat")
+    capsys.readouterr()
     assert told(tmp_path / "flat") == [kinds.replace("train", "flat")]  # of both splits, once
-    write_images(tmp_path / "boats" / "train", 3)
-    write_images(tmp_path / "boats" / "canoe", 3)
+    for name in ("train", "canoe"):
+        write_images(tmp_path / "boats" / name, 3)
     (tmp_path / "boats" / "a.jpg").touch()
     beside = "folders and images beside train/ left out: 2, the first is canoe"
     assert told(tmp_path / "boats") == [f"{tmp_path}/boats: {beside}"]
@@ -229,9 +215,9 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
 def test_a_validation_split_by_other_names_or_alone(tmp_path, name):
     for folder in ("train/cat", "train/dog", f"{name}/dog"):
         write_images(tmp_path / folder, 2)
-    train, val = (data.load_folder(tmp_path, split) for split in ("train", "val"))
-    assert train.classes == val.classes == ["cat", "dog"] and train.labels.tolist() == [0, 0, 1, 1]
-    assert val.labels.tolist() == [1, 1]
+    train, val = load(tmp_path)
+    assert train.classes == val.classes == ["cat", "dog"]
+    assert (train.labels.tolist(), val.labels.tolist()) == ([0, 0, 1, 1], [1, 1])
     (tmp_path / "train").rename(tmp_path / "test")  # which is nobody's
     alone = data.load_folder(tmp_path, "val")
     assert alone.classes == ["dog"] and alone.labels.tolist() == [0, 0]
@@ -241,50 +227,45 @@ def test_a_validation_split_by_other_names_or_alone(tmp_path, name):
 
 def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "sub").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
-        files(tmp_path)
+    refused(files, tmp_path, message="holds no images")
     (tmp_path / "a.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="none of the 1 images"):
-        loader(files(tmp_path), batch=1)
+    refused(loader, files(tmp_path), batch=1, message="none of the 1 images")
+
+
+def offline(*args, **kwargs):
+    raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar(monkeypatch, name):
     def cifar(root, train, download):
-        if root == "offline":
-            raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
         images = torch.arange(2 * 32 * 32 * 3).view(2, 32, 32, 3).to(torch.uint8).numpy()
         return Mock(data=images, targets=[1, int(train)], classes=("cat", "dog"))
 
-    monkeypatch.setattr(f"torchvision.datasets.{name.upper()}", cifar)
-    train, val = (data.load_data(name, "here", split) for split in ("train", "val"))
+    place = f"torchvision.datasets.{name.upper()}"
+    monkeypatch.setattr(place, cifar)
+    train, val = load(name, "here")
     assert train.images.shape == (2, 3, 32, 32) and train.images[0, 2, 0, 1] == 5
     assert (train.labels.tolist(), val.labels.tolist()) == ([1, 1], [1, 0])
     assert train.classes == ["cat", "dog"]
-    with pytest.raises(UserError, match=r"downloaded into offline .*--data shapes"):
-        data.load_data(name, "offline", "train")
+    monkeypatch.setattr(place, offline)
+    with pytest.raises(UserError, match=r"downloaded into there .*--data shapes"):
+        data.load_data(name, "there", "train")
 
 
 def test_imagenette_in_its_layout(tmp_path, monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
-
     monkeypatch.setattr("torchvision.datasets.imagenette.download_and_extract_archive", offline)
     with pytest.raises(UserError, match="--data imagenette could not be downloaded into"):
         data.load_data("imagenette", str(tmp_path), "train")
     for folder in ("n03888257", "n01440764", "n03000684"):
         for split, count in (("train", 4), ("val", 2)):
             place = tmp_path / "imagenette2-320" / split / folder
-            place.mkdir(parents=True)
-            for i, image in enumerate(make_shapes(33, 0)[0][:count]):
-                TF.to_pil_image(image).save(place / f"{folder}_{i}.JPEG")
-    train, val = (data.load_data("imagenette", str(tmp_path), s) for s in ("train", "val"))
+            for path in [*write_images(place, count).iterdir()]:
+                path.rename(place / f"{folder}_{path.stem}.JPEG")
+    train, val = load("imagenette", str(tmp_path))
     assert train.classes == val.classes == ["tench", "chain saw", "parachute"]
     assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(val.labels) == 6
     assert "n03000684" in val.name(2) and train.read(11).shape == (3, 32, 32)
-
-
-# -- order --
 
 
 @pytest.mark.parametrize(
@@ -300,13 +281,10 @@ def test_imagenette_in_its_layout(tmp_path, monkeypatch):
         (100, None, 8, r"--batch-size 100 .*8 processes: try (96|104)"),
     ],
 )
-def test_micro_batches_come_out_even_or_say_what_would(
-    monkeypatch, batch, device, processes, expected
-):
+def test_micro_batches_come_out_even_or_say_how(monkeypatch, batch, device, processes, expected):
     monkeypatch.setattr(data, "WORLD_SIZE", processes)
     if isinstance(expected, str):
-        with pytest.raises(UserError, match=expected):
-            data.micro_batches(batch, device, 256)
+        refused(data.micro_batches, batch, device, 256, message=expected)
     else:
         assert data.micro_batches(batch, device, 256) == expected
 
@@ -335,11 +313,7 @@ def test_processes_share_an_epoch(monkeypatch, processes):
     together = torch.cat(shares, dim=1).sort(dim=1)[0]
     assert torch.equal(together, whole.view(steps, batch).sort(dim=1)[0])
     assert sorted(seen) == list(range(33))
-    with pytest.raises(UserError, match="--batch-size 51 is larger than the 50 training images"):
-        EpochSampler(50, 51)
-
-
-# -- the loader --
+    refused(EpochSampler, 50, 51, message="--batch-size 51 is larger than the 50 training images")
 
 
 class Several(ImageSet):
@@ -388,19 +362,18 @@ def test_what_worker_processes_do_can_be_sent_to_them(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_image_is_replaced_named_once_and_counted(tmp_path, capsys, workers):
-    folder = write_images(tmp_path, 17)
-    (folder / "003.png").write_bytes(b"not an image")
-    whole = (folder / "007.png").read_bytes()
-    (folder / "007.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "009.png").write_bytes(whole[:500] + bytes(20) + whole[520:])
-    bad = ["003.png", "007.png", "009.png"]
-    one = loader(files(folder), workers=workers)
+    bad = [str(write_images(tmp_path, 17) / f"{name}.png") for name in ("003", "007", "009")]
+    os.truncate(bad[0], 0)
+    os.truncate(bad[1], os.path.getsize(bad[1]) // 2)
+    with open(bad[2], "r+b") as file:
+        file.seek(500)
+        file.write(bytes(20))
+    one = loader(files(tmp_path), workers=workers)
     for number in range(3):
         assert sum(len(images) for images, _ in epoch(one, number)) == 16
-    printed = capsys.readouterr().out.splitlines()
     told = "warning: {} cannot be used: another image is in its place"
-    assert printed == [told.format(folder / name) for name in bad]
-    assert one.dataset.broken == {str(folder / name) for name in bad}
+    assert capsys.readouterr().out.splitlines() == [told.format(name) for name in bad]
+    assert one.dataset.broken == {*bad}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -408,8 +381,7 @@ def test_files_that_vanish_during_a_run_are_an_error(tmp_path, workers):
     one = loader(files(write_images(tmp_path, 9)), workers)
     for path in tmp_path.iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"/\d+.png and what follows it can no longer be read\s*$"):
-        epoch(one, 0)
+    refused(epoch, one, 0, message=r"/\d+.png and what follows it can no longer be read\s*$")
 
 
 def test_validation_images_are_whole_and_in_order(tmp_path):
@@ -418,11 +390,6 @@ def test_validation_images_are_whole_and_in_order(tmp_path):
     expected = data.normalise_images(shapes.images[[0, 16, 32]])
     torch.testing.assert_close(picked, expected, atol=1e-4, rtol=1e-4)
     assert len(data.validation_images(files(write_images(tmp_path, 6)), (32, 32), 8)) == 5
-    # a large crop's short side is 256/224 of it: left of this ramp's middle are 48 of 110 pixels
-    ramp = torch.arange(240, dtype=torch.uint8).expand(3, 120, 240)
-    for side, left in ((96, 120 * (1 - 48 / 110)), (60, 60)):
-        crop = data.center_crop((side, side))(ramp)
-        assert crop.shape == (3, side, side) and abs(int(crop[0, 0, 0]) - left) < 1.5
 
 
 def test_a_line_of_pixels_is_cropped_before_it_is_resized():

@@ -20,8 +20,8 @@ from common.data import AugmentedImages, EpochSampler, batches, make_loader
 from common.shapes import SHAPES
 from mirl import UserError
 from tasks import dense
-from tasks.detection import load_coco
-from tasks.segmentation import load_ade20k, segment_transform
+from tasks.detection import load_coco, mask_rcnn
+from tasks.segmentation import UperNet, load_ade20k, segment_transform
 
 LOAD = dict(segment=load_ade20k, detect=load_coco)
 COUNTS = dict(train=(12, 2), val=(9, 3))
@@ -44,6 +44,26 @@ def loader(data, transform, batch=2, **more):
     return make_loader(images, EpochSampler(len(data)), batch, 0, CPU)
 
 
+def edit_coco(root, split, edit):
+    file = root / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+def answers(forward, **config):
+    """A model that is a function."""
+    model = nn.Module()
+    model.forward, model.config = forward, mirl.model_config("vit_nano", **config)
+    return model
+
+
+def assert_boxes_of_masks(target):
+    for box, mask in zip(target["boxes"].tolist(), target["masks"], strict=True):
+        y, x = mask.nonzero().T
+        assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """12 training and 9 validation scenes in both layouts."""
@@ -53,9 +73,6 @@ def scenes(tmp_path_factory):
         root = dense.data_folder("scenes", str(folder))
     assert [*folder.iterdir()] == [root]
     return root
-
-
-# -- the pyramid --
 
 
 @pytest.mark.parametrize("patch", [16, 8, 4])
@@ -84,8 +101,7 @@ def test_the_maps_are_those_of_the_blocks_un_normed_and_without_class_token():
 
 
 @pytest.mark.parametrize(
-    ("depth", "blocks"),
-    [(12, (3, 5, 7, 11)), (24, (7, 11, 15, 23)), (48, (15, 23, 31, 47)), (54, (17, 26, 35, 53))],
+    ("depth", "blocks"), [(12, (3, 5, 7, 11)), (48, (15, 23, 31, 47)), (54, (17, 26, 35, 53))]
 )
 def test_the_blocks_that_maps_come_from(depth, blocks):
     """The gradient of a map ends at the block that it comes from."""
@@ -127,32 +143,39 @@ def test_refusals(make, sentence):
         make()
 
 
-# -- positions --
+@pytest.mark.parametrize(
+    ("name", "segment", "detect"),
+    [
+        ("vit_s", 41.31, 43.66),
+        ("vit_b", 162.50, 113.42),
+        ("vit_b_24", 247.55, 198.48),
+        ("vit_b_48", 417.66, 368.59),
+    ],
+)
+def test_parameters_of_the_papers_models(name, segment, detect):
+    """In millions, of ADE20K's 150 classes, and of COCO's 80 and the background."""
+    for make, classes, millions in ((UperNet, 150, segment), (mask_rcnn, 81, detect)):
+        with torch.device("meta"):
+            model = make(mirl.build_vit(name, pool="none"), classes)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize("new", [(24, 16), (8, 36), (16, 12)])
 def test_learned_positions_are_resized(new):
-    """Of a grid of 16 × 24 that rises by rows, or by columns: a slope stays one but for its ends,
-    and nearly so where the sizes are no multiples."""
-    model = vit(image_size=(64, 96))
+    """A grid of 16 × 24 that rises by rows and columns: slopes stay slopes, but for their ends."""
+    model, own = vit(image_size=(64, 96)), (16, 24)
     model.pos_embed.copy_(noise(1, 1 + 16 * 24, 32))
-    rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
-    model.pos_embed[0, 1:, 0], model.pos_embed[0, 1:, 1] = rows.flatten(), columns.flatten()
+    for k, slope in enumerate(torch.meshgrid(*map(torch.arange, own), indexing="ij")):
+        model.pos_embed[0, 1:, k] = slope.flatten()
     pyramid = dense.Pyramid(model)
-    assert torch.equal(pyramid.positions((16, 24)), model.pos_embed)
+    assert torch.equal(pyramid.positions(own), model.pos_embed)
     table = pyramid.positions(new)
     assert torch.equal(table[:, 0], model.pos_embed[:, 0])  # the class token's
     maps = table[0, 1:].view(*new, 32)
-    rows = (torch.arange(new[0]) + 0.5) * 16 / new[0] - 0.5
-    columns = (torch.arange(new[1]) + 0.5) * 24 / new[1] - 0.5
-    inner = slice(3, -3)
-    expected = rows[inner, None].expand(-1, new[1])
-    torch.testing.assert_close(maps[inner, :, 0], expected, rtol=0, atol=0.03)
-    expected = columns[None, inner].expand(new[0], -1)
-    torch.testing.assert_close(maps[:, inner, 1], expected, rtol=0, atol=0.03)
-
-
-# -- scenes --
+    centres = [(torch.arange(b) + 0.5) * a / b - 0.5 for a, b in zip(own, new)]
+    for k, expected in enumerate(torch.meshgrid(*centres, indexing="ij")):
+        at = (slice(None),) * k + (slice(3, -3),)
+        torch.testing.assert_close(maps[..., k][at], expected[at], rtol=0, atol=0.03)
 
 
 def test_scenes_are_the_same_every_time_and_hold_one_to_four_shapes():
@@ -205,25 +228,20 @@ def test_written_scenes_are_read_back(scenes, split, seed):
     kept = json.loads((scenes / f"annotations/instances_{split}2017.json").read_text())
     kept = iter(kept["annotations"])
     for i, (image, instances, kinds) in enumerate(zip(*truth, strict=True)):
-        seen, labels = maps.read(i)
-        assert torch.equal(seen, image)
-        semantic = torch.zeros(64, 64, dtype=torch.uint8)
-        for k, kind in enumerate(kinds.tolist(), start=1):
-            semantic[instances == k] = kind + 1
-        assert torch.equal(labels, semantic) and labels.dtype == torch.uint8
         there = [k for k in range(4) if kinds[k] >= 0]
         masks = torch.stack([instances == k + 1 for k in there])
+        (seen, labels), (also_seen, target) = maps.read(i), objects.read(i)
+        assert torch.equal(seen, image) and torch.equal(also_seen, image)
+        semantic = sum(mask.byte() * (kinds[k] + 1) for k, mask in zip(there, masks))
+        assert torch.equal(labels, semantic) and labels.dtype == torch.uint8
         assert [next(kept)["area"] for _ in there] == masks.sum(dim=(1, 2)).tolist()
-        seen, target = objects.read(i)
-        assert torch.equal(seen, image) and target["image_id"] == i + 1
+        assert target["image_id"] == i + 1
         if split == "val":  # whose objects the evaluation reads itself
             assert len(target["boxes"]) == len(target["masks"]) == 0
             continue
         assert torch.equal(target["masks"] > 0, masks)
         assert target["labels"].tolist() == [kinds[k] + 1 for k in there]
-        for box, mask in zip(target["boxes"].tolist(), masks, strict=True):
-            y, x = mask.nonzero().T
-            assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        assert_boxes_of_masks(target)
 
 
 def test_scenes_are_written_once_and_never_by_half(tmp_path, monkeypatch):
@@ -240,9 +258,6 @@ def test_scenes_are_written_once_and_never_by_half(tmp_path, monkeypatch):
         dense.data_folder("scene", str(tmp_path))
 
 
-# -- what cannot be read --
-
-
 def damage(root, task):
     """Break the second image and the fourth annotation."""
     images = dict(segment="images/training/*", detect="train2017/*")[task]
@@ -250,10 +265,7 @@ def damage(root, task):
     if task == "segment":
         path = sorted(root.glob("annotations/training/*"))[3]
         return path.write_bytes(path.read_bytes()[:80])
-    file = root / "annotations" / "instances_train2017.json"
-    content = json.loads(file.read_text())
-    content["images"][3]["height"] += 1
-    file.write_text(json.dumps(content))
+    edit_coco(root, "train", lambda content: content["images"][3].update(height=65))
 
 
 @pytest.mark.parametrize("task", ["segment", "detect"])
@@ -262,38 +274,35 @@ def test_what_cannot_be_read_is_replaced_and_named(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(dense, "SCENES", dict(train=(6, 2), val=(1, 3)))
     root = dense.data_folder("scenes", str(tmp_path))
     damage(root, task)
-    data, size = LOAD[task](root, "train"), 6
+    data = LOAD[task](root, "train")
     still = segment_transform(64, False) if task == "segment" else v2.ToPureTensor()
-    one = loader(data, still, size)
+    one = loader(data, still, 6)
     [(images, targets)] = batches(one, CPU)
-    [(_, known)] = batches(loader(data, still, size, keep_labels=False), CPU)
+    [(_, known)] = batches(loader(data, still, 6, keep_labels=False), CPU)
     assert [i for i, target in enumerate(known) if target is None] == [1, 3]
-    assert torch.equal(images[1], images[2]) and torch.equal(images[3], images[4])
     for a, b in ((1, 2), (3, 4)):
         x, y = targets[a], targets[b]
+        assert torch.equal(images[a], images[b])
         assert torch.equal(x, y) if task == "segment" else x["image_id"] == y["image_id"]
-    told = "warning: {} cannot be used: another image is in its place"
     names = [data.name(i) for i in (1, 3)]
     assert all(Path(re.split(r" or its| \(64", name)[0]).is_file() for name in names)
-    assert task == "segment" or names[1].endswith(
-        "/00004.png (64 x 64 pixels) or its annotation (64 x 65)"
-    )
-    assert capsys.readouterr().out.splitlines()[-4:] == [told.format(name) for name in names] * 2
-    assert one.dataset.broken == {data.name(1), data.name(3)}
-
-
-# -- pictures --
+    size = "/00004.png (64 x 64 pixels) or its annotation (64 x 65)"
+    assert task == "segment" or names[1].endswith(size)
+    told = [f"warning: {name} cannot be used: another image is in its place" for name in names]
+    assert capsys.readouterr().out.splitlines()[-4:] == told * 2
+    assert one.dataset.broken == {*names}
 
 
 def test_an_overlay_shows_what_was_found():
     """Each kind moves half-way to its colour; boxes have it too, or the one given."""
     image = make_scenes(12, 2).images[0]
     large = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    masks = torch.zeros(3, 64, 64, dtype=torch.bool)
-    masks[0, 40:60, 5:30] = masks[1, 40:60, 35:60] = masks[2, 30:38, 5:60] = True
     boxes = torch.tensor([[5.0, 40, 30, 60], [35, 40, 60, 60], [5, 30, 60, 38]])
-    drawn = dense.overlay(image, masks, boxes, ["a", "b", "c"], [1, 17, 2])
-    white = dense.overlay(image, masks, boxes, ["a", "b", "c"], [1, 17, 2], "white")
+    masks = torch.zeros(3, 64, 64, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int()):
+        mask[top:bottom, left:right] = True
+    found = image, masks, boxes, ["a", "b", "c"], [1, 17, 2]
+    drawn, white = dense.overlay(*found), dense.overlay(*found, "white")
     assert drawn.shape == (3, 512, 512) and drawn.dtype == torch.uint8
     for mask, box, colour in zip(masks, boxes, ("3cb44b", "3cb44b", "ffe119"), strict=True):
         colour = torch.tensor([*bytes.fromhex(colour)])

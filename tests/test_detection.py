@@ -11,9 +11,8 @@ import torch.nn as nn
 import torchvision
 from conftest import CPU, coco, start, succeed
 from PIL import Image
-from test_dense import loader, noise, vit
+from test_dense import answers, assert_boxes_of_masks, loader, noise, vit
 
-import mirl
 import train_finetune
 from common import distributed
 from common.data import AugmentedImages, normalise_images, read_image
@@ -21,7 +20,6 @@ from common.distributed import RANK, gather
 from common.metrics import parameter_groups
 from mirl import UserError
 from tasks import dense, detection
-from tasks.dense import annotation_file
 from tasks.detection import Detection, coco_scores, decode, detections, load_coco, mask_rcnn
 from tasks.segmentation import UperNet, segmentation_loss
 
@@ -49,15 +47,6 @@ def target(*corners, side=64):
     return dict(boxes=boxes, labels=torch.arange(1, len(corners) + 1), masks=masks)
 
 
-def answers(forward):
-    model = nn.Module()
-    model.forward = forward
-    return model
-
-
-# -- COCO's layout --
-
-
 def test_coco(tmp_path):
     train, val = (load_coco(coco(tmp_path / split), split) for split in ("train", "val"))
     assert len(train) == 2 and len(val) == 3  # 285 has no annotation
@@ -78,25 +67,19 @@ def test_coco(tmp_path):
         f"{tmp_path}/train/train2017/{name}.jpg (45 x 31 pixels) or its annotation (45 x 31)"
         for name in ("000000000139", "000000000724")
     ]
-
-    def move(content):
-        content["annotations"][0]["bbox"][0] += 1
-
     assert load_coco(coco(tmp_path / "same"), "train").digest() == train.digest()
-    assert load_coco(coco(tmp_path / "moved", move), "train").digest() != train.digest()
-
-
-def test_an_image_of_crowds_alone_is_trained_on(tmp_path):
-    """It has an annotation; its objects are none."""
-    data = load_coco(coco(tmp_path / "a", lambda c: c["annotations"][4].update(iscrowd=1)), "train")
+    moved = coco(tmp_path / "moved", lambda c: c["annotations"][0].update(bbox=[6, 4, 20, 10]))
+    assert load_coco(moved, "train").digest() != train.digest()
+    # an image of crowds alone has an annotation, and no objects
+    crowds = coco(tmp_path / "crowds", lambda c: c["annotations"][4].update(iscrowd=1))
+    data = load_coco(crowds, "train")
     assert len(data) == 2 and len(data.read(1)[1]["boxes"]) == 0
 
 
 def blobs(h, w, seed):
     """A mask whose runs have lengths from one to many columns."""
-    return (
-        nn.functional.interpolate(noise(1, 1, h // 2 + 2, w // 2 + 2, seed=seed), (h, w))[0, 0] > 0
-    )
+    coarse = noise(1, 1, h // 2 + 2, w // 2 + 2, seed=seed)
+    return nn.functional.interpolate(coarse, (h, w))[0, 0] > 0
 
 
 def test_run_lengths():
@@ -161,26 +144,20 @@ def test_an_object_that_cannot_be_drawn_costs_no_image(tmp_path, capsys, wrong):
     assert 0 <= coco_scores([(i, []) for i in (139, 285, 724)], val)["mask_ap"] < 1
 
 
-def turned(content):
-    for image in content["images"]:
-        image.update(height=45, width=31)
-
-
 def test_the_size_of_an_image_is_its_annotations(tmp_path):
     """An EXIF orientation is followed where that makes them agree."""
+    turned = lambda c: [image.update(height=45, width=31) for image in c["images"]]  # noqa: E731
     data, plain = (load_coco(coco(tmp_path / x, turned), "train") for x in ("a", "b"))
-    for i, orientation in enumerate((6, 3)):
-        path, exif = data.name(i).split(" (")[0], Image.Exif()
-        exif[0x0112] = orientation
+    paths, exif = [data.name(i).split(" (")[0] for i in (0, 1)], Image.Exif()
+    for path, exif[0x0112] in zip(paths, (6, 3)):
         with Image.open(path) as image:
             image.save(path, exif=exif)
-    stored = read_image(data.name(0).split(" (")[0])
     image, target = data.read(0)
-    assert torch.equal(image, stored.rot90(-1, (1, 2))) and target["masks"].shape == (2, 45, 31)
+    assert torch.equal(image, read_image(paths[0]).rot90(-1, (1, 2)))
+    assert target["masks"].shape == (2, 45, 31)
     assert data.read(1) is None and plain.read(0) is None
-    with pytest.raises(
-        UserError, match=r"none of .* \(45 x 31 pixels\) or its annotation \(31 x 45"
-    ):
+    sentence = r"none of .* \(45 x 31 pixels\) or its annotation \(31 x 45"
+    with pytest.raises(UserError, match=sentence):
         AugmentedImages(plain, None)
 
 
@@ -196,29 +173,24 @@ NOT_COCO = "train2017.json is no file of COCO's instances"
         (lambda c: c.update(annotations=[]), "has no annotation of any image"),
         (lambda c: c["images"][0].update(width=0), "an image without size"),
         (lambda c: c["images"][0].update(id=285), "two images of the id .285."),
-        (
-            lambda c: c["images"].append(dict(c["images"][0], id=1)),
-            "has two images of the name .'0+139.jpg",
-        ),
+        (lambda c: c["images"].append(dict(c["images"][0], id=1)), "of the name .'0+139.jpg"),
         (lambda c: c["categories"][0].update(id=3), "has two categories of the id .3."),
         (lambda c: c["images"][0].update(file_name="x.jpg"), "the image .'x.jpg'., which is not i"),
         (lambda c: c["annotations"][0].update(image_id=5), r"of image \[5\], which it does not li"),
         (lambda c: c["annotations"][0].update(category_id=77), r"of category \[77\], which it do"),
+        ("{", NOT_COCO),
+        (None, "there is no .*instances_train2017.json"),
     ],
 )
 def test_annotations_that_cannot_be_used(tmp_path, edit, message):
+    root = coco(tmp_path / "data", *[edit] * callable(edit))
+    file = dense.annotation_file(root / "train2017")
+    if edit is None:
+        file.unlink()
+    elif edit == "{":
+        file.write_text(edit)
     with pytest.raises(UserError, match=message):
-        load_coco(coco(tmp_path / "data", edit), "train")
-
-
-def test_files_that_cannot_be_used(tmp_path):
-    file = annotation_file(coco(tmp_path / "data") / "train2017")
-    file.write_text("{")
-    with pytest.raises(UserError, match=NOT_COCO):
-        load_coco(tmp_path / "data", "train")
-    file.unlink()
-    with pytest.raises(UserError, match=f"there is no {file}"):
-        load_coco(tmp_path / "data", "train")
+        load_coco(root, "train")
 
 
 def test_transforms_move_boxes_and_masks_alike(tmp_path):
@@ -227,40 +199,21 @@ def test_transforms_move_boxes_and_masks_alike(tmp_path):
     seen = set()
     for _ in range(9):
         moved, objects = task().transform(None, True)(image, target)
-        flipped = not torch.equal(moved, image)
-        seen.add(flipped)
+        seen.add(flipped := not torch.equal(moved, image))
         assert torch.equal(moved, image.flip(2) if flipped else image)
-        for box, mask in zip(objects["boxes"].tolist(), objects["masks"], strict=True):
-            y, x = mask.nonzero().T
-            assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        assert_boxes_of_masks(objects)
         assert objects["labels"].tolist() == [3, 1] and objects["image_id"] == 139
         assert torch.equal(task().transform(None, False)(image, target)[0], image)
     assert seen == {False, True}
 
 
-# -- the model --
-
-
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [("vit_s", "43.66"), ("vit_b", "113.42"), ("vit_b_24", "198.48"), ("vit_b_48", "368.59")],
-)
-def test_parameters_of_the_papers_models(name, millions):
-    """Of COCO's 80 classes and the background."""
-    with torch.device("meta"):
-        model = mask_rcnn(mirl.build_vit(name, pool="none"), 81)
-    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == millions
-
-
 def test_at_full_width_mask_rcnn_is_torchvisions():
-    """Losses and detections are those of its own class where nothing but the backbone is given."""
+    """Losses and detections are those of its own class around our backbone."""
     few = FEW | dict(box_detections_per_img=5)
     ours = mask_rcnn(vit(patch_size=16), 5, sizes=(64,), **few)
     backbone = detection.FeaturePyramid(vit(patch_size=16), 256, torch.float32)
-    plain = dict(image_mean=[0, 0, 0], image_std=[1, 1, 1])
-    theirs = torchvision.models.detection.MaskRCNN(
-        backbone, 5, min_size=64, max_size=1333, **plain, **few
-    )
+    few |= dict(image_mean=[0, 0, 0], image_std=[1, 1, 1], min_size=64, max_size=1333)
+    theirs = torchvision.models.detection.MaskRCNN(backbone, 5, **few)
     theirs.load_state_dict(ours.state_dict())
     images, targets = list(noise(2, 3, 64, 64)), [target((5, 5, 40, 30)), target()]
     found = []
@@ -273,16 +226,15 @@ def test_at_full_width_mask_rcnn_is_torchvisions():
 
 
 def sides(model):
-    """The short sides that images get in training, and the shapes of a wide one in evaluation."""
-    resize, image = model.transform.train(), torch.zeros(1, 60, 80)
-    short = {resize.resize(image)[0].shape[1] for _ in range(80)}
+    """The short sides that images get in training, and the shapes of two in evaluation."""
+    resize = model.transform.train()
+    short = {resize.resize(torch.zeros(1, 60, 80))[0].shape[1] for _ in range(80)}
     resize.eval()
     return short, *(tuple(resize.resize(torch.zeros(1, 60, w))[0].shape[1:]) for w in (80, 180))
 
 
 def test_what_the_task_makes_of_the_model():
-    """Short side 480 to 800 in steps of 32 in training, 800 in evaluation, long side 1333; of small
-    images no other sizes, and fewer boxes."""
+    """480 to 800 in steps of 32, then 800, at most 1333; small images: one size, fewer boxes."""
     with torch.device("meta"):
         large = task().model(vit(image_size=800, patch_size=16), 80, None)
         small = task().model(vit(), 4, 16)
@@ -290,16 +242,20 @@ def test_what_the_task_makes_of_the_model():
     paper = (set(range(480, 801, 32)), (800, 1066), (444, 1333))
     assert sides(large) == sides(plain) == paper
     assert sides(small) == ({64}, (64, 85), (35, 106))
-    for model, classes, width, boxes, before, after in (
-        (large, 81, 256, 512, 2000, 2000),
-        (small, 5, 16, 64, 200, 100),
+    for model, *expected in (
+        (large, 81, 81, 256, 512, 2000, 2000, "none"),
+        (small, 5, 5, 16, 64, 200, 100, "none"),
     ):
-        assert model.roi_heads.box_predictor.cls_score.out_features == classes
-        assert model.roi_heads.mask_predictor.mask_fcn_logits.out_channels == classes
-        assert model.backbone.out_channels == width
-        assert model.roi_heads.fg_bg_sampler.batch_size_per_image == boxes
-        assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (before, after)
-        assert model.config.pool == "none"
+        heads = model.roi_heads
+        assert expected == [
+            heads.box_predictor.cls_score.out_features,
+            heads.mask_predictor.mask_fcn_logits.out_channels,
+            model.backbone.out_channels,
+            heads.fg_bg_sampler.batch_size_per_image,
+            model.rpn.pre_nms_top_n(),
+            model.rpn.post_nms_top_n(),
+            model.config.pool,
+        ]
 
 
 def test_boxes_are_exact_under_bfloat16():
@@ -317,10 +273,10 @@ def test_boxes_are_exact_under_bfloat16():
         part.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
     with torch.autocast("cpu", torch.bfloat16):
         [found] = model([image])
-    half = {k: x.dtype == torch.bfloat16 for k, x in seen.items() if k != "anchors"}
-    assert half == dict(mlp=True, fpn=True, box=False, mask=False)
-    assert found["boxes"].dtype == found["scores"].dtype == found["masks"].dtype == torch.float32
-    [anchors] = seen["anchors"]
+    [anchors] = seen.pop("anchors")
+    half = {name for name, x in seen.items() if x.dtype == torch.bfloat16}
+    assert half == {"mlp", "fpn"} and len(seen) == 4
+    assert {found[k].dtype for k in ("boxes", "scores", "masks")} == {torch.float32}
     expected = []
     for stride in (4, 8, 16, 32, 64):  # of the image padded to 32 x 1024
         for i in range(max(1, 32 // stride)):
@@ -345,9 +301,6 @@ def test_layer_decay_reaches_the_encoder_of_both_models():
         assert rates(model) == plain | rates(pyramid.vit)
 
 
-# -- average precision --
-
-
 def perfect(data, i, shift=0.0):
     """What a model would find that knew the objects, its boxes and masks shifted."""
     _, target = data.read(i)
@@ -368,8 +321,7 @@ def knowing(data, *shifts):
 
 
 def findable(content):
-    """What is beyond the edges or without width is no object that can be found. What an evaluation
-    needs beside the objects themselves is made up."""
+    """Without objects that cannot be found, and what an evaluation needs beside them."""
     del content["annotations"][1:3], content["info"]
     for i, annotation in enumerate(content["annotations"]):
         annotation["id"] = 0
@@ -405,7 +357,7 @@ def test_masks_begin_at_one_half():
     output = dict(masks=masks, boxes=torch.tensor([[1.0, 2, 4, 8]] * 2))
     output |= dict(scores=torch.tensor([0.5, 0.25]), labels=torch.tensor([3, 1]))
     found = detections(output)
-    assert [one["label"] for one in found] == [3, 1] and found[1]["score"] == 0.25
+    assert [(one["label"], one["score"]) for one in found] == [(3, 0.5), (1, 0.25)]
     for one, mask in zip(found, masks, strict=True):
         seen = coco_mask.decode(one["segmentation"])
         assert seen.sum() == 3 and np.array_equal(seen, (mask[0] == 0.51).numpy())
@@ -419,18 +371,8 @@ def scenes(tmp_path_factory):
         return dense.data_folder("scenes", str(tmp_path_factory.mktemp("data")))
 
 
-def test_average_precision_is_over_the_images_that_were_looked_at(scenes):
-    data = load_coco(scenes, "train")
-    found = [(i + 1, detections(perfect(data, i))) for i in range(12)]
-    assert {round(x, 6) for x in coco_scores(found, data).values()} == {100}
-    assert coco_scores(found[:4], data)["mask_ap"] == pytest.approx(100)
-    assert 0 < coco_scores([*found[:4], (5, [])], data)["mask_ap"] < 99
-    assert coco_scores([(i, []) for i, _ in found], data)["box_ap"] == 0
-
-
 def in_each_of_two_processes(root, expected):
-    """Called below, in processes of its own. Average precision is over the images of both, and
-    gradients are the same, parameters all having one, where no image or one has an object."""
+    """Called below, in each process. Every parameter has a gradient, whoever has an object."""
     assert distributed.WORLD_SIZE == 2
     with distributed.process_group("cpu") as device:
         data = load_coco(root, "train")
@@ -447,30 +389,21 @@ def in_each_of_two_processes(root, expected):
             parallel = distributed.data_parallel(model, device)
             for seen in (targets, [target(), target()]):
                 if model is segment:
-                    loss = segmentation_loss(parallel(images), labels)
+                    segmentation_loss(parallel(images), labels).backward()
                 else:
-                    losses = task().losses(parallel, images, seen)
-                    assert len(losses) == 6
-                    loss = losses["loss"]
-                loss.backward()
+                    task().losses(parallel, images, seen)["loss"].backward()
                 first, second = gather([p.grad.clone() for p in model.parameters()])
                 assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second))
                 model.zero_grad()
-        before = gather(segment.fuse[1].running_mean.clone())
-        distributed.share_buffers(segment)
-        after = gather(segment.fuse[1].running_mean.clone())
-        assert not torch.equal(*before)
-        assert torch.equal(*after) and torch.equal(after[0], before[0])
 
 
 def test_two_processes(scenes):
     """What each of them finds has another precision than what both find together."""
-    data = load_coco(scenes, "train")
+    data, shifts = load_coco(scenes, "train"), (0, 3, 1)
     images = loader(data, task().transform(None, False), 2, keep_labels=False)
-    model = knowing(data, 0, 3, 1)
-    [scores] = task().evaluate([model], images)
-    for part in ([0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11], range(12)):
-        found = [(i + 1, detections(perfect(data, i, (0, 3, 1)[i % 3]))) for i in part]
+    [scores] = task().evaluate([knowing(data, *shifts)], images)
+    for part in (range(0, 12, 2), range(1, 12, 2), range(12)):
+        found = [(i + 1, detections(perfect(data, i, shifts[i % 3]))) for i in part]
         alone = coco_scores(found, data)
         assert 20 < alone["box_ap"] < 95
         assert (abs(alone["box_ap"] - scores["box_ap"]) < 1e-9) == (len(part) == 12)
@@ -479,7 +412,7 @@ def test_two_processes(scenes):
     succeed(start(code, 2))
 
 
-def test_what_is_found_is_told_and_drawn(scenes, capsys, monkeypatch):
+def test_what_is_found_is_told_and_drawn(capsys, monkeypatch):
     """What has a score above one half, in the image's own pixels."""
     image, calls = torch.zeros(3, 40, 50, dtype=torch.uint8), []
     output = target((5, 6, 30, 31), (1, 2, 3, 4), (0, 0, 9, 9), side=50)
@@ -493,11 +426,3 @@ def test_what_is_found_is_told_and_drawn(scenes, capsys, monkeypatch):
     assert same is image and names == ["dog 90%", "cat 51%"] and [*kinds] == [0, 1]
     assert torch.equal(masks, output["masks"][:2, 0] > 0) and masks.any(dim=(1, 2)).all()
     assert torch.equal(boxes, output["boxes"][:2])
-
-
-def test_pycocotools_is_asked_for_at_once(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"^--task detect needs pycocotools: pip install .*\[coco\]"
-    ):
-        task()

@@ -1,9 +1,7 @@
 """Where tensors are, without a GPU; no graph breaks; and that tests/on_gpu.py runs.
 
-torch's fake tensors have a device and a shape and no values, so a `cuda:0` of theirs is on every
-machine, and an operation on tensors of two devices fails as it does on a GPU. Autograd's engine
-wants a real device, so these are forward passes, and what looks at values, as Mask R-CNN's heads
-and mixup do, cannot run.
+torch's fake tensors have a device and a shape and no values: `cuda:0` is on every machine, for
+forward passes that look at no values (Mask R-CNN's heads and mixup do).
 """
 
 import json
@@ -46,8 +44,7 @@ def fake():
 
 
 def on_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The model on the fake device. (`model.to("cuda")` is refused for fake parameters, and what
-    builds a model looks at values: it is built before and comes here outside of the mode.)"""
+    """The model, built before and outside of the mode, on the fake device, which .to() refuses."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, x in tensors.items():
@@ -95,10 +92,8 @@ PRETRAINED = {
     "mae": lambda: mirl.build_mae("vit_nano", **TINY),
     "dagger and infonce": lambda: objectives(omega=0.5, feature=0.5),
     "byol": lambda: objectives(feature=0.5, negatives=False),
+    "vgg": lambda: objectives(narrow_vgg(), vgg=1.0),
 }
-
-
-# -- devices --
 
 
 def test_a_mix_of_devices_is_seen(fake):
@@ -113,37 +108,28 @@ def test_a_mix_of_devices_is_seen(fake):
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_pretraining_stays_on_the_device(fake, name):
     model = on_cuda(PRETRAINED[name](), fake)
+    if name == "vgg":
+        on_cuda(model.vgg[0], fake)  # which is not registered
     with fake:
         images = some_images()
         out = model(images)
         all_on_cuda(out, out.reconstruction, out.target, train_pretrain.residual_shares(out))
         all_on_cuda(mirl.panels(images, out, model.config.patch_size))
-        if out.terms:
+        if hasattr(model, "momentum_encoder"):
             mirl.update_ema(model.momentum_encoder, model.encoder, 0.9)
 
 
-def test_the_vgg_loss_stays_on_the_device(fake):
-    model = on_cuda(objectives(on_cuda(narrow_vgg(), fake), vgg=1.0), fake)
-    with fake:
-        all_on_cuda(model(some_images()))
-
-
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_classification_stays_on_the_device(fake, pool):
+def test_classification_and_neighbours_stay_on_the_device(fake, pool):
     model = on_cuda(mirl.build_vit("vit_nano", **TINY, pool=pool, num_classes=7), fake)
     classify = task("--erasing", "0")
     classify.model(model, 7, None)
     with fake:
         images, labels = some_images(), torch.zeros(BATCH, dtype=torch.int64, device=CUDA)
         all_on_cuda(classify.losses(model, images, labels), score(model(images), labels))
-
-
-def test_nearest_neighbours_stay_on_the_device(fake):
-    vit = on_cuda(mirl.build_vit("vit_nano", **TINY).eval(), fake)
-    with fake, torch.no_grad(), every_block(vit) as model:
-        features = model(some_images())[:, -1]
-        labels = torch.zeros(BATCH, dtype=torch.int64, device=CUDA)
-        all_on_cuda(knn_scores(features, labels, features, 3))
+        with torch.no_grad(), every_block(model.eval()) as features_of:
+            features = features_of(images)[:, -1]
+            all_on_cuda(knn_scores(features, labels, features, 3))
 
 
 @pytest.mark.parametrize("size, slide", [(64, []), (96, []), (96, ["--slide"])])
@@ -164,8 +150,6 @@ def test_the_backbone_of_detection_stays_on_the_device(fake):
         all_on_cuda(model(some_images(size=96)))
 
 
-# -- graph breaks --
-
 COMPILED = {k: PRETRAINED[k] for k in ("mirl", "mae", "dagger and infonce")} | {
     "vit": lambda: mirl.build_vit("vit_nano", **TINY),
     "upernet": lambda: UperNet(pyramid_vit(), 5),
@@ -180,9 +164,6 @@ def test_there_are_no_graph_breaks(name):
     torch._dynamo.reset()
     images = some_images("cpu", size=64 if name == "upernet" else 32)
     torch.compile(COMPILED[name](), backend="eager", fullgraph=True)(images)  # raises at a break
-
-
-# -- the command for whoever has a GPU, which selects tests by two words in their names --
 
 
 def test_the_command_runs_in_small(tmp_path, monkeypatch, capsys):

@@ -40,20 +40,13 @@ def imports(module):
 
 
 @pytest.mark.parametrize("module", OURS)
-def test_nothing_imports_upwards(module):
+def test_what_a_module_imports(module):
+    """Nothing upwards; at its top no packages that few need; not itself by way of others."""
     rooms = {room(name) for name in imports(module)} & {room(name) for name in OURS}
     assert rooms <= ROOMS.get(room(module), {*ROOMS})
-
-
-@pytest.mark.parametrize("module", OURS)
-def test_packages_that_few_need_are_imported_where_they_are_used(module):
     needed = {"torch", "torchvision", "einops"} if module == "mirl" else PACKAGES
     tops = {room(name) for name, top in imports(module).items() if top}
     assert tops <= needed | {*ROOMS} | sys.stdlib_module_names
-
-
-@pytest.mark.parametrize("module", OURS)
-def test_no_module_imports_itself_by_way_of_others(module):
     seen, ahead = set(), [module]
     while ahead:
         new = {name for name in imports(ahead.pop()) if name in OURS} - seen

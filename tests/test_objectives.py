@@ -3,17 +3,17 @@
 import itertools
 import math
 from collections import OrderedDict
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import MAE, SMALL, TINY, assert_same_run, at_batch, interrupt, metrics, run
+from conftest import MAE, SMALL, TINY, assert_same_run, at_batch, interrupt, metrics, refused, run
 from torchvision.models import vgg
 
 import mirl
 import train_pretrain
 from common import checkpoint
-from mirl import UserError
 
 
 def extended(objectives, vgg=None, **overrides):
@@ -28,22 +28,21 @@ def batch(n=3):
     return images, torch.rand(n, 64, generator=generator)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def pretrain(out, *flags):
     return run(train_pretrain, *TINY, "--out", out, *flags)
-
-
-NARROW = [width if width == "M" else width // 16 for width in vgg.cfgs["D"]]
 
 
 @pytest.fixture
 def vgg16(monkeypatch):
     """torchvision's VGG-16 with random weights and a sixteenth of the channels."""
-    monkeypatch.setitem(vgg.cfgs, "D", NARROW)
-    torch.manual_seed(0)
-    return nn.Sequential(OrderedDict(features=vgg.make_layers(NARROW))).double()
-
-
-# -- L† --
+    narrow = [width if width == "M" else width // 16 for width in vgg.cfgs["D"]]
+    monkeypatch.setitem(vgg.cfgs, "D", narrow)
+    return nn.Sequential(OrderedDict(features=vgg.make_layers(narrow))).double()
 
 
 @pytest.mark.parametrize("overrides", [{}, MAE])
@@ -51,44 +50,32 @@ def test_dagger_adds_omega_times_the_loss_of_the_main_components(overrides):
     """Against the definition in loops over pairs, images and masked patches."""
     model, (images, noise) = extended(mirl.Objectives(omega=0.3), **overrides), batch()
     out = model(images, noise)
-    target = mirl.normalise_patches(mirl.patchify(images, 4))[0]
-    errors = [
-        (target[b, out.masked[b, k]] - main[b, k]).square().mean().item()
-        for main, b, k in itertools.product(out.main, range(3), range(48))
-    ]
+    target, errors = mirl.normalise_patches(mirl.patchify(images, 4))[0], []
+    for main, b, k in itertools.product(out.main, range(3), range(48)):
+        errors.append((target[b, out.masked[b, k]] - main[b, k]).square().mean().item())
     own = sum(errors) / len(errors)
     assert out.terms["main"].item() == pytest.approx(own)
     plain = mirl.MIRL.forward(model, images, noise).loss.item()
     assert out.loss.item() == pytest.approx(plain + 0.3 * own)
 
 
-# -- feature level --
-
-
 @pytest.mark.parametrize("negatives", [True, False])
 def test_feature_loss_against_a_version_in_loops(negatives):
-    torch.manual_seed(0)
     z, positive = torch.randn(3, 3, 4).double(), torch.randn(3, 5, 4).double()
-    masked = torch.tensor([[3, 0, 2], [1, 2, 4], [4, 1, 0]])
-
-    def cos(a, b):
-        return (a @ b / a.norm() / b.norm()).item()
-
-    losses = []
-    for b in range(3):
-        for k, i in enumerate(masked[b].tolist()):
-            own = cos(z[b, k], positive[b, i])
-            if not negatives:
-                losses.append(2 - 2 * own)
-                continue
-            everyone = [math.exp(cos(z[b, k], positive[c, i]) / 0.07) for c in range(3)]
-            losses.append(-math.log(math.exp(own / 0.07) / sum(everyone)))
+    masked, losses = torch.tensor([[3, 0, 2], [1, 2, 4], [4, 1, 0]]), []
+    for b, k in itertools.product(range(3), range(3)):
+        everyone = positive[:, masked[b, k]]
+        cos = [(z[b, k] @ p / z[b, k].norm() / p.norm()).item() for p in everyone]
+        if negatives:
+            shares = [math.exp(c / 0.07) for c in cos]
+            losses.append(-math.log(shares[b] / sum(shares)))
+        else:
+            losses.append(2 - 2 * cos[b])
     got = (mirl.info_nce if negatives else mirl.byol_loss)(z, positive, masked)
     assert got.item() == pytest.approx(sum(losses) / len(losses))
 
 
 def test_feature_loss_keeps_its_precision_under_autocast():
-    torch.manual_seed(0)
     z, positive = torch.randn(8, 5, 96), torch.randn(8, 5, 96)
     masked = torch.rand(8, 5).argsort(1)
     for loss in (mirl.info_nce, mirl.byol_loss):
@@ -131,13 +118,9 @@ def test_the_momentum_encoder_follows_the_encoder_on_schedule():
 
 def test_one_image_has_no_negatives():
     model, (images, noise) = extended(mirl.Objectives(feature=1.0)), batch(1)
-    with pytest.raises(UserError, match=r"needs negatives.*go without"):
-        model(images, noise)
+    refused(model, images, noise, message=r"needs negatives.*go without")
     model = extended(mirl.Objectives(feature=1.0, negatives=False))
     assert model(images, noise).loss.isfinite()
-
-
-# -- VGG --
 
 
 def test_vgg_loss_against_a_plain_pass_through_torchvisions_vgg(vgg16):
@@ -182,19 +165,11 @@ def test_vgg_sees_the_image_with_its_masked_patches_reconstructed(vgg16, overrid
 
 
 def test_vgg_that_cannot_be_had(tmp_path, monkeypatch, capsys):
-    def offline(**_):
-        raise OSError("no network")
-
-    monkeypatch.setattr("torchvision.models.vgg16", offline)
+    monkeypatch.setattr("torchvision.models.vgg16", Mock(side_effect=OSError("no network")))
     assert pretrain(tmp_path / "run", "--vgg-weight", 1) == 2
     assert "could not be downloaded (no network); give a file" in capsys.readouterr().err
-    with pytest.raises(UserError, match="not those of torchvision's VGG-16"):
-        mirl.vgg_features(dict(a=torch.ones(1)))
-    with pytest.raises(UserError, match="images of 3 channels, not 1"):
-        extended(mirl.Objectives(vgg=1.0), channels=1)
-
-
-# -- together, and in the script --
+    refused(mirl.vgg_features, dict(a=torch.ones(1)), message="not those of torchvision's VGG-16")
+    refused(extended, mirl.Objectives(vgg=1.0), channels=1, message="images of 3 channels, not 1")
 
 
 @pytest.mark.parametrize("method", ["mirl", "mae"])
@@ -223,23 +198,16 @@ def test_all_objectives_together_add_up_and_resume(tmp_path, vgg16, method):
     }
 
 
-# -- truncated pre-training --
-
-
 def test_truncation_leaves_the_last_blocks_out(tmp_path):
-    """Nine blocks in four segments end after blocks 3, 5, 7 and 9. [S E]"""
-    for method, ends in (("mirl", [3, 5, 7, 9]), ("mae", [9])):
+    for method, segments in (("mirl", 4), ("mae", 1)):
         args = train_pretrain.parse(["--model", "vit_s", "--method", method, "--truncate", "3"])
         with torch.device("meta"):
             config = train_pretrain.new_model(args, "meta").config
-        assert mirl.segment_ends(config.depth, config.segments) == ends
+        assert (config.depth, config.segments) == (9, segments)
     assert pretrain(tmp_path / "run", "--truncate", 2) == 0
     vit = mirl.build_vit("vit_nano")
     missing = checkpoint.load_encoder(vit, str(tmp_path / "run" / "encoder.pt"), truncated=True)
     assert {k.split(".")[1] for k in missing if k.startswith("blocks")} == {"4", "5"}
-
-
-# -- gradient norms --
 
 
 def test_gradient_norms_by_hand():

@@ -62,13 +62,6 @@ def pretrain(*flags):
     return run(train_pretrain, *FLAGS, *flags)
 
 
-def model_in(out):
-    return load_file(out / "checkpoint.pt")["model"]
-
-
-# -- the loop, written a second time --
-
-
 def seed(*parts):
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:16], 16) // 2
 
@@ -88,11 +81,7 @@ def in_plain_loops(flags, processes=1):
     crop = v2.RandomResizedCrop(32, (0.2, 1), interpolation=InterpolationMode.BICUBIC)
     augment = v2.Compose([crop, v2.RandomHorizontalFlip(0.5)])
     size, steps, records = args.device_batch_size or 8 // processes, 33 // 8, []
-    peak, warm, total = (
-        args.lr or args.base_lr / 32,
-        args.warmup_epochs * steps,
-        args.epochs * steps,
-    )
+    warm, total = args.warmup_epochs * steps, args.epochs * steps
     half = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16")
 
     def example(epoch, i):
@@ -139,7 +128,7 @@ def in_plain_loops(flags, processes=1):
         done = (step - warm) / (total - warm)
         share = (step + 1) / warm if step < warm else (1 + math.cos(math.pi * done)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = record["lr"] = peak * share
+            group["lr"] = record["lr"] = (args.lr or args.base_lr / 32) * share
         optimizer.step()
         if args.feature_weight:
             decay = 0.999 + 0.0009 * (step + 1) / steps / 100
@@ -151,7 +140,7 @@ def in_plain_loops(flags, processes=1):
 
 def assert_as_in_plain_loops(out, flags, processes=1):
     model, records = in_plain_loops(flags, processes)
-    for name, x in model_in(out).items():
+    for name, x in load_file(out / "checkpoint.pt")["model"].items():
         for ending, parts, key in ((".qkv.bias", 3, 1), (".kv.bias", 2, 0)):
             if name.endswith(ending):  # a key's bias has no gradient but what is rounded
                 x.chunk(parts)[key].copy_(model[name].chunk(parts)[key])
@@ -207,9 +196,6 @@ def test_a_run_of_two_processes_in_plain_loops(tmp_path):
     assert_as_in_plain_loops(tmp_path / "run", flags, 2)
 
 
-# -- what a run leaves --
-
-
 def assert_picture(path, images, model, pair=1, seed=0):
     """Each panel of 32 pixels three times as large, in a frame of 4."""
     noise = torch.rand(len(images), 64, generator=torch.Generator().manual_seed(seed))
@@ -225,11 +211,12 @@ def assert_picture(path, images, model, pair=1, seed=0):
 
 @pytest.mark.parametrize("method", ["mirl", "mae"])
 def test_a_run_from_end_to_end(tmp_path, capsys, monkeypatch, method):
-    out, compiled = tmp_path / "run", []
+    out, compiled, ours = tmp_path / "run", [], method == "mirl"
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
     flags = ["--out", out, "--method", method, "--picture-every", 2, "--epochs", 3]
-    flags += ["--compile"] * (method == "mae")
-    assert pretrain(*flags, *["--segments", 4, "--picture-pair", 2] * (method == "mirl")) == 0
+    assert (
+        pretrain(*flags, *(["--segments", 4, "--picture-pair", 2] if ours else ["--compile"])) == 0
+    )
     printed = capsys.readouterr().out
     assert "effective batch 8 = 1 process(es) x 8 images x 1 accumulated" in printed
     assert f"done: {out}/encoder.pt for fine-tuning" in printed
@@ -238,18 +225,18 @@ def test_a_run_from_end_to_end(tmp_path, capsys, monkeypatch, method):
     assert [m["epoch"] for m in epochs] == [1, 2, 3] and epochs[2]["corrupt_files"] == 0
     assert [set(m) - {"seconds", "corrupt_files"} for m in epochs] == [set(steps[0])] * 3
     assert epochs[2]["loss"] < 0.7 * epochs[0]["loss"]
-    assert ("residual_share_2" in epochs[0]) == (method == "mirl")
+    assert ("residual_share_2" in epochs[0]) == ours
     settings = json.loads((out / "config.json").read_text())
-    assert settings["model_config"]["segments"] == (4 if method == "mirl" else 1)
+    assert settings["model_config"]["segments"] == (4 if ours else 1)
     # the encoder alone fits an encoder and holds what the checkpoint holds
     model = common.checkpoint.load_mirl(out / "checkpoint.pt")
     encoder = torch.load(out / "encoder.pt", weights_only=True)
     mirl.ViT(mirl.Config(**encoder["config"])).load_state_dict(encoder["model"])
     torch.testing.assert_close(encoder["model"], dict(model.encoder.state_dict()), rtol=0, atol=0)
     shown = make_shapes(33, 1)[0][[0, 4, 9, 13, 18, 22, 27, 32]]
-    assert_picture(out / "reconstruction.png", shown, model, 2 if method == "mirl" else 1)
+    assert_picture(out / "reconstruction.png", shown, model, 2 if ours else 1)
     assert [path.name for path in out.glob("epoch*")] == ["epoch-0002.png"]
-    assert len(compiled) == (method == "mae") and not list(out.glob("*tmp*"))
+    assert len(compiled) == (not ours) and not list(out.glob("*tmp*"))
 
 
 def test_pictures_of_any_images(tmp_path, capsys):
@@ -257,28 +244,22 @@ def test_pictures_of_any_images(tmp_path, capsys):
     torch.manual_seed(0)
     model = mirl.build_mirl("vit_nano", segments=4, mask_ratio=0.5)
     saved = dict(model=model.state_dict(), config=dataclasses.asdict(model.config))
-    path = stored(tmp_path / "a.pt", saved)
-    images = make_shapes(33, 0)[0][:2]
+    images, files = make_shapes(33, 0)[0][:2], [tmp_path / "a.png", tmp_path / "b.png"]
     wide = torch.cat([images[1][..., :8], images[1], images[1][..., :8]], dim=2)  # 32 x 48
-    save_image(images[0] / 255, tmp_path / "a.png")
-    save_image(wide / 255, tmp_path / "b.png")
-    files = ["--draw", tmp_path / "a.png", tmp_path / "b.png", "--from", path]
+    for image, file in zip((images[0], wide), files, strict=True):
+        save_image(image / 255, file)
+    draw = ["--draw", *files, "--from", stored(tmp_path / "a.pt", saved)]
     drawn = tmp_path / "out" / "reconstruction.png"
-    given = ["--out", drawn.parent, "--seed", 1, "--mask-ratio", 0.5]
-    assert pretrain(*files, *given, "--picture-pair", 2) == 0
+    given = ["--out", drawn.parent, "--seed", 1, "--mask-ratio", 0.5, "--picture-pair", 2]
+    assert pretrain(*draw, *given) == 0
     assert f"drawn: {drawn} (columns" in capsys.readouterr().out
     assert list(drawn.parent.iterdir()) == [drawn]
     assert_picture(drawn, images, model, 2, seed=1)
-    for flags, message in (
-        (["--picture-pair", 3], "there is no pair 3: the model has 2"),
-        (["--mask-ratio", 1], "mask_ratio"),
-    ):
-        assert pretrain(*files, "--out", tmp_path / "none", *flags) == 2
-        assert message in capsys.readouterr().err
+    for flags in (["--picture-pair", 3], ["--mask-ratio", 1]):
+        assert pretrain(*draw, "--out", tmp_path / "none", *flags) == 2
+    told = capsys.readouterr().err
+    assert "there is no pair 3: the model has 2" in told and "mask_ratio" in told
     assert not (tmp_path / "none" / "reconstruction.png").exists()
-
-
-# -- stop and go on --
 
 
 @pytest.fixture(scope="module")
@@ -400,48 +381,38 @@ def test_kills_at_any_moment_and_a_resume_equal_an_uninterrupted_run(tmp_path):
 
 
 def test_a_run_is_never_overwritten(tmp_path, capsys, monkeypatch):
-    out = tmp_path / "run"
+    """What else makes a run is in test_checkpoint.py."""
+    out, others = tmp_path / "run", make_shapes(33, 1)
     assert pretrain("--out", out) == 0
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    (images, labels), (others, _) = make_shapes(33, 0), make_shapes(33, 1)
-    for flags, data, message in (
-        (["--resume", "--epochs", 5], images, "continues a run as it began.* other epochs 2 -> 5;"),
-        ([], images, "already holds a run: add --resume"),
-        (["--resume", "--segments", 4], images, "has other segments 2 -> 4"),
-        (["--resume", "--lr", 0.5], images, "has other lr .* -> 0.5"),
-        (["--resume"], images[:32], "has other training_images 33 -> 32, data_digest"),
-        (["--resume"], others, "has other data_digest"),
-    ):
-        with monkeypatch.context() as patch:
-            given = (data, labels[: len(data)])
-            patch.setattr(common.data, "make_shapes", lambda count, seed, given=given: given)
-            assert pretrain("--out", out, *flags) == 2
+
+    def refused(message, *flags, place=out):
+        assert pretrain("--out", place, *flags) == 2
         assert re.search(message, capsys.readouterr().err)
+
+    refused("already holds a run: add --resume")
+    refused("continues a run as it began.* other epochs 2 -> 5;", "--resume", "--epochs", 5)
+    refused("has other segments 2 -> 4", "--resume", "--segments", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.data, "make_shapes", lambda count, seed: others)
+        refused("has other data_digest", "--resume")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     for name in ("checkpoint.pt", "config.json"):  # what is left of a run
         (out / name).unlink()
-        assert pretrain("--out", out) == 2
-    assert "already holds a run" in capsys.readouterr().err
-    file = out / "metrics.jsonl"
-    for place, message in ((file, "is a file, not a folder"), (file / "run", "Not a directory: ")):
-        assert pretrain("--out", place) == 2
-        assert message in capsys.readouterr().err
+        refused("already holds a run")
+    refused("is a file, not a folder", place=out / "metrics.jsonl")
+    refused("Not a directory: ", place=out / "metrics.jsonl" / "run")
 
 
-# -- what goes wrong --
-
-
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, accumulation):
-    out = tmp_path / "run"
-    flags = ["--out", out, "--epochs", 3, "--device-batch-size", 8 // accumulation]
-    third = 2 * accumulation  # the first micro-batch of the third step, before the next log
-    with at_batch(train_pretrain, 1, third, lambda images: images.fill_(float("nan"))):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    """In the first of four micro-batches of the third step, before the next log."""
+    flags = ["--out", tmp_path / "run", "--epochs", 3, "--device-batch-size", 2]
+    with at_batch(train_pretrain, 1, 2 * 4, lambda images: images.fill_(float("nan"))):
         assert pretrain(*flags) == 1
     error = capsys.readouterr().err
     assert "a loss up to step 8 (epoch 2) is not finite" in error and error.count("\n") == 1
-    assert f"{out}/checkpoint.pt holds the last complete epoch" in error
-    assert load_file(out / "checkpoint.pt")["epoch"] == 1
+    assert f"{tmp_path}/run/checkpoint.pt holds the last complete epoch" in error
+    assert load_file(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):

@@ -1,27 +1,17 @@
 """Looking at a frozen encoder: nearest neighbours, a linear layer, every block."""
 
-import functools
 import json
 import math
 
-import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, stored
+from conftest import CPU, last_line, stored
+from test_finetune import TINY, finetune, vit
 
-import mirl
 import train_finetune
 from common.data import normalise_images
 from tasks.probe import every_block, knn_scores, linear_scores
-
-TINY = [*conftest.TINY, "--workers", "0", "--train-images", "32", "--from", "scratch"]
-finetune = functools.partial(conftest.run, train_finetune, *TINY)
-
-
-def vit(**overrides):
-    torch.manual_seed(1)
-    return mirl.build_vit("vit_nano", **overrides)
 
 
 def test_knn_against_a_version_in_loops():
@@ -34,25 +24,6 @@ def test_knn_against_a_version_in_loops():
         for k in sorted(range(50), key=lambda k: -cosines[k])[:20]:
             expected[labels[k]] += math.exp(cosines[k] / 0.07)
         torch.testing.assert_close(votes[i], torch.tensor(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_probes_on_problems_with_a_known_answer():
-    """Half-planes are linear; the quadrants' XOR is not, yet near neighbours solve both."""
-    torch.manual_seed(0)
-    x = torch.randn(1500, 2)
-    x = x[x.abs().amin(dim=1) > 0.3][:800]
-    plane, xor = (x[:, 0] > 0).long(), ((x[:, 0] > 0) ^ (x[:, 1] > 0)).long()
-
-    def accuracy(scores, truth):
-        return (scores.argmax(dim=1) == truth[400:]).float().mean().item()
-
-    for truth, linear in ((plane, 1.0), (xor, 0.5)):
-        knn = knn_scores(x[:400], truth[:400], x[400:], 2)
-        assert accuracy(knn, truth) == 1
-        # whatever scale and shift the features have
-        moved = 100 * x + 7
-        logits = linear_scores(moved[:400], truth[:400], moved[400:], 2, 0)
-        assert accuracy(logits, truth) == pytest.approx(linear, abs=0.1 if linear < 1 else 0.005)
 
 
 def test_linear_by_hand():
@@ -81,17 +52,16 @@ def test_linear_by_hand():
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_protocols_leave_nothing_but_a_line(tmp_path, capsys, protocol):
-    encoder = stored(tmp_path / "encoder.pth", vit(pool="none").state_dict())
-    flags = ["--protocol", protocol, "--out", tmp_path / "run", "--from", encoder]
-    assert finetune(*flags) == 0
+    """The encoder is --from also where --out holds a run that --resume would continue."""
+    encoder, out = stored(tmp_path / "a.pth", vit(pool="none").state_dict()), tmp_path / "run"
+    flags = ["--protocol", protocol, "--out", out, "--from", encoder]
+    assert finetune(*flags) == 0 and not out.exists()
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert result["protocol"] == protocol and 0 <= result["top1"] <= result["top5"] <= 100
     assert (result["train_images"], result["val_images"]) == (32, 33)
-    assert not (tmp_path / "run").exists()
-    # the encoder is still --from where --out holds a run that --resume would continue
-    (tmp_path / "run").mkdir()
-    stored(tmp_path / "run" / "checkpoint.pt", {})
+    out.mkdir()
+    stored(out / "checkpoint.pt", {})
     assert finetune(*flags, "--resume") == 0
     assert capsys.readouterr().out == printed
 
@@ -118,26 +88,24 @@ def test_every_block_is_probed(tmp_path, capsys, pool):
     args = train_finetune.parse(TINY)
     task = train_finetune.TASKS["classify"](args, CPU)
     train, val = (task.data(split) for split in ("train", "val"))
-
-    def top(scores, k):
-        hits = (scores.argsort(dim=1, descending=True)[:, :k] == val.labels[:, None]).any(dim=1)
-        return 100 * hits.double().mean().item()
-
     (means, x), (mean_queries, queries) = features(train), features(val)
-    pairs = zip(means, mean_queries, strict=True)
-    blocks = [knn_scores(x, train.labels, q, 16) for x, q in pairs]
     probed = vit(pool=pool)
     probed.load_state_dict(model.state_dict(), strict=False)
     with every_block(probed) as features_of, torch.no_grad():
         found = features_of(normalise_images(val.images))
         torch.testing.assert_close(found, torch.stack(mean_queries, dim=1))
     assert not probed.blocks[0]._forward_hooks
-    knn = knn_scores(x, train.labels, queries, 16)
+
+    def top(scores, k):
+        hits = (scores.argsort(dim=1, descending=True)[:, :k] == val.labels[:, None]).any(dim=1)
+        return pytest.approx(100 * hits.double().mean().item(), abs=0.01)
+
+    pairs = zip([*means, x], [*mean_queries, queries], strict=True)
+    *blocks, knn = [knn_scores(x, train.labels, q, 16) for x, q in pairs]
     linear = linear_scores(x, train.labels, queries, 16, args.seed)
-    for protocol, scores in dict(blocks=blocks, knn=[knn], linear=[linear]).items():
+    for protocol, scores in dict(blocks=blocks, knn=knn, linear=linear).items():
         assert finetune("--pool", pool, "--from", encoder, "--protocol", protocol) == 0
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        found = last_line(capsys)
         for k in (1, 5):
-            by_hand = [top(x, k) for x in scores]
-            by_hand = by_hand if protocol == "blocks" else by_hand[0]
-            assert found[f"top{k}"] == pytest.approx(by_hand, abs=0.01), (protocol, k)
+            by_hand = [top(x, k) for x in scores] if protocol == "blocks" else top(scores, k)
+            assert found[f"top{k}"] == by_hand, (protocol, k)

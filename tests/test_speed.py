@@ -9,7 +9,7 @@ import bench_peers
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CPU, needs_gpu, run, start, succeed
+from conftest import CPU, run, start, succeed
 
 import eval_speed
 import mirl
@@ -131,25 +131,16 @@ def test_running_out_of_memory_is_reported_and_survived(tmp_path, capsys, monkey
 
 @pytest.mark.parametrize("mode", ["infer", "pretrain"])
 def test_two_processes_add_up(tmp_path, mode):
-    path, told = str(tmp_path / "speed.json"), tmp_path / "told"
+    path, told = tmp_path / "speed.json", tmp_path / "told"
     code = f"import sys, eval_speed\nsys.stdout = open({str(told)!r}, 'a')\n"
-    code += f"eval_speed.main({[*QUICK, '--mode', mode, '--json', path]})"
+    code += f"eval_speed.main({[*QUICK, '--mode', mode, '--json', str(path)]})"
     succeed(start(code, world=2))
-    result = json.loads((tmp_path / "speed.json").read_text())
+    result = json.loads(path.read_text())
     [row] = result["rows"]
     assert result["processes"] == 2 and len(row["per_process"]) == 2
     assert sum(row["per_process"]) == pytest.approx(row["images_per_second"])  # of two windows
     assert ("scaling" in row) == (mode == "pretrain")
     assert told.read_text().count("vit_nano") == 1
-
-
-@needs_gpu
-@pytest.mark.parametrize("flags", [[], ["--mode", "pretrain", "--compile", "default"]])
-def test_on_a_gpu(tmp_path, flags):
-    path = tmp_path / "speed.json"
-    assert speed("--device", "cuda", "--json", path, *flags) == 0
-    [row] = json.loads(path.read_text())["rows"]
-    assert row["lowest"] > 0 and row["memory_gib"] > 0
 
 
 def test_every_batch_size_is_compiled_by_itself(monkeypatch):
@@ -163,9 +154,8 @@ def test_every_batch_size_is_compiled_by_itself(monkeypatch):
     spied = lambda self, mode, **how: compile(self, backend=backend, **how)  # noqa: E731
     monkeypatch.setattr(nn.Module, "compile", spied)
     monkeypatch.setitem(mirl.MODELS, "vit_nano", mirl.model_config("vit_nano", depth=1))
-    sizes = range(2, 11)
-    assert speed("--batch-size", *sizes, "--compile", "default", "--windows", 1) == 0
-    assert compiled == list(sizes)
+    assert speed("--batch-size", *range(2, 11), "--compile", "default", "--windows", 1) == 0
+    assert compiled == list(range(2, 11))
 
 
 def test_peers_that_are_not_installed(capsys, monkeypatch):
@@ -177,14 +167,12 @@ def test_peers_that_are_not_installed(capsys, monkeypatch):
 @pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="needs timm, an optional extra")
 def test_the_timm_mae_is_ours_with_their_blocks():
     """It takes our encoder's weights, makes the same of the images, and is as large."""
-    ours = mirl.build_mae("vit_nano")
+    ours, images = mirl.build_mae("vit_nano"), torch.randn(2, 3, 32, 32)
     theirs = bench_peers.TimmMAE(ours.config)
     theirs.encoder.load_state_dict(ours.encoder.state_dict())
-    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours.encoder(images), theirs.encoder(images), atol=1e-5, rtol=1e-4
-        )
+        expected = ours.encoder(images)
+        torch.testing.assert_close(theirs.encoder(images), expected, atol=1e-5, rtol=1e-4)
         assert theirs(images).loss.isfinite()
     sizes = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs))
     assert len(set(sizes)) == 1

@@ -63,14 +63,15 @@ def test_every_cell_is_what_it_is_called(size):
 
 
 def test_table_and_figure_of_known_results(tmp_path):
-    common = dict(depth=24, truncated=False, seed=0)
+    mae = dict(method="mae", loss=0.5, top1=50.0, linear=40.0, knn=30.0)
     lines = [
-        dict(common, method="mae", loss=0.5, top1=50.0, linear=40.0, knn=30.0),
-        dict(common, method="mae", loss=0.7, top1=53.0, linear=44.0, knn=30.0, blocks=[30.0] * 24),
-        dict(common, method="scratch", top1=41.26, linear=20.0, knn=10.0),
-        dict(common, truncated=True, method="mirl", loss=0.6, top1=51.0),
+        mae,
+        mae | dict(loss=0.7, top1=53.0, linear=44.0, blocks=[30.0] * 24),
+        dict(method="scratch", top1=41.26, linear=20.0, knn=10.0),
+        dict(method="mirl", truncated=True, loss=0.6, top1=51.0),
     ]
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [json.dumps(dict(depth=24, truncated=False, seed=0) | line) for line in lines]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
     assert run("--out", tmp_path, "--draw").stdout.splitlines()[2:] == [
         "| 24 | no pre-training |  | 41.3 | 20.0 | 10.0 |",
         # the deviation of two values is their difference over √2
@@ -134,12 +135,12 @@ def test_the_figures_of_runs(tmp_path, monkeypatch, figures, capsys):
     norms = {f"grad_{k}": [i + j / 8 for j in range(8)] for i, k in enumerate(plot.KINDS)}
     logged = [dict(step=2, loss=1.5, **norms), dict(step=4, loss=0.5, **norms)]
     runs = dict(a=[*logged, dict(step=6, loss=0.25)], b=[dict(step=3, loss=2)])
+    configs = dict(a=dict(model="vit_nano", method="mae"), b=dict(model="vit_nano"))
     for name, steps in runs.items():
         lines = [json.dumps(dict(kind="step") | step) for step in steps]
-        config = dict(model="vit_nano") | (dict(method="mae") if name == "a" else {})
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "st')
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "config.json").write_text(json.dumps(configs[name]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot.py", "b", "a"])
     plot.main()
@@ -150,10 +151,8 @@ def test_the_figures_of_runs(tmp_path, monkeypatch, figures, capsys):
     drawn = [[*x.get_ydata()] for axes in grid for x in axes.lines]
     assert drawn == [[i + block / 8] * 2 for block in (2, 3, 4, 5) for i in range(4)]
     (tmp_path / "b" / "config.json").unlink()
-    with pytest.raises(SystemExit, match="2"):
-        plot.main()
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="2"):
-        plot.main()
-    said = capsys.readouterr().err
-    assert "b is no run: " in said and "need matplotlib: pip install -e '.[plot]'" in said
+    for said in ("b is no run: ", "need matplotlib: pip install -e '.[plot]'"):
+        with pytest.raises(SystemExit, match="2"):
+            plot.main()
+        assert said in capsys.readouterr().err
+        monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
