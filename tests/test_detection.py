@@ -146,7 +146,11 @@ def test_an_object_that_cannot_be_drawn_costs_no_image(tmp_path, capsys, wrong):
 
 def test_the_size_of_an_image_is_its_annotations(tmp_path):
     """An EXIF orientation is followed where that makes them agree."""
-    turned = lambda c: [image.update(height=45, width=31) for image in c["images"]]  # noqa: E731
+
+    def turned(content):
+        for image in content["images"]:
+            image |= dict(height=45, width=31)
+
     data, plain = (load_coco(coco(tmp_path / x, turned), "train") for x in ("a", "b"))
     paths, exif = [data.name(i).split(" (")[0] for i in (0, 1)], Image.Exif()
     for path, exif[0x0112] in zip(paths, (6, 3)):

@@ -151,7 +151,9 @@ def test_every_batch_size_is_compiled_by_itself(monkeypatch):
         compiled.extend(x.shape[0] for x in inputs if x.shape[1:] == (3, 32, 32))
         return graph.forward
 
-    spied = lambda self, mode, **how: compile(self, backend=backend, **how)  # noqa: E731
+    def spied(self, mode, **how):
+        compile(self, backend=backend, **how)
+
     monkeypatch.setattr(nn.Module, "compile", spied)
     monkeypatch.setitem(mirl.MODELS, "vit_nano", mirl.model_config("vit_nano", depth=1))
     assert speed("--batch-size", *range(2, 11), "--compile", "default", "--windows", 1) == 0
