@@ -66,8 +66,8 @@ from mirl import UserError, require
 # Everything that a recipe sets; the flags override it.
 RECIPES = {
     # the embedded data set, in minutes on a laptop
-    "quick": dict(model="vit_nano", data="shapes", epochs=12, warmup_epochs=1, batch_size=64,
-                  base_lr=8e-3, picture_every=4),
+    "quick": dict(model="vit_nano", data="shapes", epochs=15, warmup_epochs=1, batch_size=32,
+                  base_lr=8e-3, picture_every=5),
     "cifar10": dict(model="vit_ti", data="cifar10", epochs=200, warmup_epochs=10, batch_size=512,
                     base_lr=5e-4, picture_every=20),
     # ten classes of ImageNet on one GPU
