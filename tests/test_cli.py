@@ -26,7 +26,7 @@ def test_recipes_and_help(capsys):
     with pytest.raises(SystemExit):
         train_pretrain.parse(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "passes over the training images; quick 12; cifar10 200" in printed
+    assert "passes over the training images; quick 15; cifar10 200" in printed
     assert "imagenet 300" in printed and "quick-segment" not in printed
 
 
