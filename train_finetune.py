@@ -40,7 +40,6 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 from torchvision.models import ViT_B_16_Weights
-from torchvision.utils import save_image
 
 import mirl
 from common import checkpoint
@@ -76,7 +75,7 @@ from common.distributed import (
 from common.metrics import MetricLogger, lr_factor, parameter_groups, to_json
 from mirl import UserError, require
 from tasks.classification import Classification
-from tasks.dense import is_thin
+from tasks.dense import compared, is_thin
 from tasks.detection import Detection
 from tasks.probe import probe
 from tasks.segmentation import Segmentation
@@ -150,7 +149,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
          "authors, MAE or timm must be of --model")
     flag("--predict", nargs="+", metavar="IMAGE",
          help="print what the fine-tuned model --from sees in these image files, and stop; what is "
-         "segmented or detected is also drawn, into --out")
+         "segmented or detected is also drawn, into --out, beside the ground truth of images that "
+         "lie in the layout of ADE20K or COCO")
     flag("--protocol", choices=("finetune", "linear", "knn", "blocks"), default="finetune",
          help="finetune (default); or look at the frozen encoder --from, without training it: knn "
          "(k = 20, cosine, temperature 0.07), blocks (knn after every block, to see where features "
@@ -459,7 +459,8 @@ def evaluate_file(task: Classification, val: ImageSet) -> None:
 
 @torch.no_grad()
 def predict(task: Classification) -> None:
-    """Print what the fine-tuned model --from sees in every image, and draw it where it can be."""
+    """Print what the fine-tuned model --from sees in every image; what is segmented or detected is
+    also drawn, beside the truth where the image lies in the layout of ADE20K or COCO."""
     images = read_images("--predict", task.args.predict)
     names = {Path(path).stem for path in task.args.predict}
     require(
@@ -478,11 +479,15 @@ def predict(task: Classification) -> None:
         classes = imagenet if count == len(imagenet) else [f"class {i}" for i in range(count)]
     for path, image in zip(task.args.predict, images, strict=True):
         say(path)
-        drawn = task.tell(model, classes, image)
-        if drawn is not None and RANK == 0:
+        found, truth = task.tell(model, classes, image), None
+        if found and RANK == 0:
+            try:
+                truth = task.truth(path, classes, image)
+            except (UserError, OSError) as error:
+                say(f"  no ground truth: {error}")
             out = Path(task.args.out) / f"{Path(path).stem}-{task.args.task}.png"
             out.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(out, lambda path, drawn=drawn: save_image(drawn / 255, path))
+            checkpoint.save(out, compared(image, truth, found).save)
             say(f"  drawn: {out}")
 
 

@@ -28,10 +28,9 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
 
 import mirl
 from common import checkpoint
@@ -60,6 +59,7 @@ from common.distributed import (
     say,
 )
 from common.metrics import MetricLogger, lr_factor, parameter_groups
+from common.pictures import titled
 from mirl import UserError, require
 
 # fmt: off
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         if RANK == 0:
             checkpoint.save_model(encoder, model.encoder)
         picture = draw(model, shown, args, "reconstruction.png")
-        say(f"done: {encoder} for fine-tuning, and a picture to look at, {picture} ({COLUMNS})")
+        say(f"done: {encoder} for fine-tuning, and a picture to look at, {picture}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -316,12 +316,13 @@ def gradient_norms(vit: mirl.ViT) -> dict[str, Tensor]:
 # Pictures
 # ------------------------------------------------------------------------------------------------
 
-COLUMNS = "columns: ground truth, masked, reconstruction, residual, main component"
+COLUMNS = ["ground truth", "masked", "reconstruction", "residual", "main component"]
 
 
 @torch.no_grad()
 def draw(model: mirl.MIRL, images: Tensor, args: argparse.Namespace, name: str) -> Path:
-    """One row of five panels an image, under the same masks every time. [S C, Figure 1]"""
+    """A row of panels an image, under their names and the same masks every time, of three columns
+    for MAE, which has no residual and but one component. [S C, Figure 1]"""
     path = Path(args.out) / name
     if RANK == 0:
         generator = torch.Generator().manual_seed(args.seed)
@@ -329,10 +330,11 @@ def draw(model: mirl.MIRL, images: Tensor, args: argparse.Namespace, name: str) 
         # without torch.compile, for another batch size, and without terms that need other processes
         out = mirl.MIRL.forward(model, images, noise.to(images.device))
         pictures = mirl.panels(images, out, model.config.patch_size, args.picture_pair)
-        pictures = pictures.flatten(0, 1).cpu()  # (8·5, C, H, W)
-        zoom = max(1, 96 // max(images.shape[2:]))  # so that small images can be seen
-        grid = make_grid(F.interpolate(pictures, scale_factor=zoom), nrow=5, padding=4, pad_value=1)
-        checkpoint.save(path, lambda temporary: save_image(grid, temporary))
+        names = COLUMNS if out.residual else COLUMNS[:3]
+        zoom = math.ceil(96 / images.shape[3])  # so that small images and the names can be seen
+        pictures = v2.functional.to_dtype(pictures[:, : len(names)].cpu(), torch.uint8, scale=True)
+        pictures = repeat(pictures, "b k c h w -> b k c (h p) (w q)", p=zoom, q=zoom)
+        checkpoint.save(path, titled(pictures, names).save)
     return path
 
 
@@ -343,7 +345,7 @@ def draw_files(args: argparse.Namespace, device: torch.device) -> None:
     images = torch.stack([fit(image) for image in read_images("--draw", args.draw)])
     Path(args.out).mkdir(parents=True, exist_ok=True)
     picture = draw(model, normalise_images(images.to(device)), args, "reconstruction.png")
-    say(f"drawn: {picture} ({COLUMNS})")
+    say(f"drawn: {picture}")
 
 
 if __name__ == "__main__":

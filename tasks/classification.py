@@ -79,8 +79,9 @@ class Classification:
             for top1, top5, loss, n in totals.tolist()
         ]
 
-    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor | None:
-        """Print what the model sees in an image, uint8 (3, h, w); a picture of it, if any."""
+    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> dict | None:
+        """Print what the model sees in an image, uint8 (3, h, w); what can be drawn of it, if
+        any."""
         x = normalise_images(self.transform(model.config, training=False)(image))
         probabilities = model(x[None].to(self.device))[0].softmax(dim=0)
         top = probabilities.topk(min(5, len(classes)))

@@ -6,26 +6,29 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from common.data import read_image
+from common.data import ImageSet, read_image
 from common.distributed import rank_zero_first, say
+from common.pictures import GAP, fitting_font, titled
 from common.shapes import SHAPES, make_scenes
 from mirl import ViT, patchify, require, resize_positions
 
 SCENES = dict(train=(512, 2), val=(256, 3))  # images and seed
 
-# a colour for each class or object
-PALETTE = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6"]
-PALETTE += ["#bcf60c", "#fabebe", "#008080", "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3"]
+# a colour for each class, grey for the first, a background
+PALETTE = ["#a9a9a9", "#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0"]
+PALETTE += ["#f032e6", "#bcf60c", "#fabebe", "#008080", "#e6beff", "#9a6324", "#fffac8", "#aaffc3"]
 
 
 class Pyramid(nn.Module):
@@ -171,16 +174,71 @@ def annotation(mask: Tensor) -> dict:
     )
 
 
+def target_of(data: ImageSet, i: int, classes: list[str], image: Tensor) -> Any:
+    """The target of image i, whose content this is. Raises UserError where the classes are others,
+    or the image is not as its annotation needs it: it may be upright here and not in the data."""
+    require(data.classes == classes, f"{data.root} has other classes than the model")
+    found = data.read(i)
+    same = found is not None and torch.equal(found[0], image)
+    require(same, f"{data.name(i)} cannot be read, or is turned or of another size")
+    return found[1]
+
+
 def overlay(
-    image: Tensor, masks: Tensor, boxes: Tensor, names: list[str], kinds: Sequence[int], lines=None
+    image: Tensor,
+    masks: Tensor,
+    kinds: Sequence[int],
+    names: Sequence[str],
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """The image, uint8 (3, h, w), enlarged if it is small, with n masks, bool (n, h, w), and boxes,
-    float (n, 4), corners in pixels, with their names. kinds: which of the PALETTE's colours each
-    has. lines: the colour of boxes and names, or None for their own."""
-    colors = [PALETTE[k % len(PALETTE)] for k in kinds]
-    scale = math.ceil(512 / max(image.shape[1:]))
+    float (n, 4), corners in pixels, if any; kinds: which of the PALETTE's colours each has. Its
+    name stands on the upper edge of a box, or in a mask, in the middle of the longest row."""
+    h, w = image.shape[1:]
+    scale = math.ceil(max(512 / max(h, w), 96 / w))
     image, masks = (repeat(x, "n h w -> n (h p) (w q)", p=scale, q=scale) for x in (image, masks))
-    if names:
-        image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
-        image = draw_bounding_boxes(image, boxes * scale, names, lines or colors, width=2)
-    return image
+    if not len(masks):
+        return image
+    colors = [PALETTE[k % len(PALETTE)] for k in kinds]
+    image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
+    if boxes is None:
+        rows = masks.sum(dim=2).argmax(dim=1)
+        columns = [mask[y].nonzero()[mask[y].sum() // 2] for mask, y in zip(masks, rows)]
+        places = torch.stack([torch.cat(columns), rows], dim=1)
+    else:
+        boxes = boxes * scale
+        image = draw_bounding_boxes(image, boxes, colors=colors, width=2)
+        places = torch.stack([boxes[:, [0, 2]].mean(dim=1), boxes[:, 1]], dim=1)
+    return write(image, names, places.tolist())
+
+
+def write(image: Tensor, names: Sequence[str], places: Sequence[tuple[float, float]]) -> Tensor:
+    """The image, uint8 (3, h, w), with names around their places (x, y), moved to be all inside of
+    it, and up or down where they would cover each other."""
+    picture = TF.to_pil_image(image)
+    draw = ImageDraw.Draw(picture)
+    font = fitting_font(names, min(picture.size) - 2 * GAP)
+    height, outline, taken = round(1.3 * font.size), math.ceil(font.size / 16), []
+    rows = range(height // 2, picture.height - height // 2)
+    for name, (x, y) in zip(names, places, strict=True):
+        half = font.getlength(name) / 2 + GAP
+        x = min(max(x, half), picture.width - half)
+        free = [
+            row
+            for row in rows
+            if all(abs(x - a) >= half + b or abs(row - c) >= height for a, b, c in taken)
+        ]
+        y = min(free or rows, key=lambda row, y=y: abs(row - y), default=y)
+        taken.append((x, half, y))
+        draw.text((x, y), name, "white", font, "mm", stroke_width=outline, stroke_fill="black")
+    return TF.pil_to_tensor(picture)
+
+
+def compared(image: Tensor, truth: dict | None, found: dict) -> Image.Image:
+    """An image, uint8 (3, h, w), what is on it, if that is known, and what was found, side by side;
+    both as `overlay` takes them."""
+    panels = {"image": overlay(image, image[:0], [], [])}
+    if truth:
+        panels["ground truth"] = overlay(image, **truth)
+    panels["prediction"] = overlay(image, **found)
+    return titled(torch.stack([*panels.values()])[None], [*panels])

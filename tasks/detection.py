@@ -9,13 +9,15 @@ a word, objects that are not `usable` and images that the file does not list. Id
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import math
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -35,7 +37,14 @@ from common.data import SMALL, ImageSet, batches, file_names, files_in, normalis
 from common.distributed import RANK, autocast, gather, say
 from mirl import Config, UserError, ViT, at_least_float32, require
 from tasks.classification import Classification, wanted_images
-from tasks.dense import Pyramid, annotation_file, data_folder, overlay, read_sized, say_left_out
+from tasks.dense import (
+    Pyramid,
+    annotation_file,
+    data_folder,
+    read_sized,
+    say_left_out,
+    target_of,
+)
 
 with contextlib.suppress(ImportError):  # Detection says what to install
     from pycocotools import mask as run_lengths
@@ -100,8 +109,9 @@ class Detection(Classification):
             scores = [coco_scores([*chain(*parts)], loader.dataset.data) for parts in everyone]
         return gather(scores)[0]
 
-    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
-        """Print what is found on an image, uint8 (3, h, w), with its box; a picture of it."""
+    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> dict:
+        """Print what is found on an image, uint8 (3, h, w), with its box; returns what `overlay`
+        draws of it."""
         found = model([normalise_images(image.to(self.device))])[0]
         found = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}
         names = [classes[label - 1] for label in found["labels"]]
@@ -110,7 +120,24 @@ class Detection(Classification):
             corners = ", ".join(f"{x:.0f}" for x in box)
             say(f"  {100 * share:5.1f} %  {name} at ({corners})")
         names = [f"{name} {share:.0%}" for name, share in zip(names, shares)]
-        return overlay(image, found["masks"][:, 0] > 0.5, found["boxes"], names, range(len(names)))
+        masks, kinds = found["masks"][:, 0] > 0.5, found["labels"].tolist()
+        return dict(masks=masks, kinds=kinds, names=names, boxes=found["boxes"])
+
+    def truth(self, path: str, classes: list[str], image: Tensor) -> dict | None:
+        """What `overlay` draws of the objects on an image file with this content, where the layout
+        of this file's first lines has any. Raises UserError as `target_of` and `load_coco` do."""
+        folder, name = Path(os.path.abspath(path)).parent, os.fsencode(os.path.basename(path))
+        if not annotation_file(folder).is_file():
+            return None
+        data = load_coco_once(folder.parent, folder.name.removesuffix("2017"))
+        images = data.images.tolist()
+        if name not in images:
+            return None
+        i = images.index(name)
+        target = target_of(replace(data, training=True), i, classes, image)  # it has the objects
+        kinds = target["labels"].tolist()
+        names = [classes[label - 1] for label in kinds]
+        return dict(masks=target["masks"] > 0, kinds=kinds, names=names, boxes=target["boxes"])
 
 
 @dataclass
@@ -282,6 +309,10 @@ def load_coco(root: Path, split: str) -> COCODetection:
         ends=np.cumsum([0, *map(len, items)]),
         training=split == "train",
     )
+
+
+# for one picture after the other
+load_coco_once = functools.lru_cache(maxsize=1)(load_coco)
 
 
 class FeaturePyramid(nn.Module):

@@ -26,7 +26,7 @@ from common.data import SMALL, ImageSet, batches, file_names, files_in, normalis
 from common.distributed import autocast, gather, say
 from mirl import Config, ViT, at_least_float32, require
 from tasks.classification import GREY, Classification, wanted_images
-from tasks.dense import Pyramid, data_folder, overlay, read_sized, resize_maps, say_left_out
+from tasks.dense import Pyramid, data_folder, read_sized, resize_maps, say_left_out, target_of
 
 IGNORED = 255  # the label of pixels that count for nothing
 
@@ -89,18 +89,33 @@ class Segmentation(Classification):
                         matrix += confusion_matrix(found, truth, classes)
         return [segmentation_scores(matrix) for matrix in sum(gather(matrices.cpu()))]
 
-    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> Tensor:
-        """Print how much of an image, uint8 (3, h, w), is of which class; a picture of it."""
+    def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> dict:
+        """Print how much of an image, uint8 (3, h, w), is of which class; returns what `overlay`
+        draws of it."""
         x = normalise_images(self.transform(model.config, training=False)(image))
         labels = self.segment(model, x.to(self.device), image.shape[1:]).cpu()
-        kinds = labels.unique().tolist()
-        masks = torch.stack([labels == k for k in kinds])  # (n, h, w)
-        for k, mask in zip(kinds, masks):
-            say(f"  {100 * mask.float().mean():5.1f} %  {classes[k]}")
-        # a class's name stands at the middle one of its pixels
-        places = torch.stack([mask.nonzero()[mask.sum() // 2].flip(0) for mask in masks])  # x, y
-        boxes = torch.cat([places, places + 1], dim=1).float()
-        return overlay(image, masks, boxes, [classes[k] for k in kinds], kinds, "white")
+        found = regions(labels, classes)
+        for name, mask in zip(found["names"], found["masks"], strict=True):
+            say(f"  {100 * mask.float().mean():5.1f} %  {name}")
+        return found
+
+    def truth(self, path: str, classes: list[str], image: Tensor) -> dict | None:
+        """What `overlay` draws of the labels of an image file with this content, where the layout
+        of this file's first lines has any. Raises UserError as `target_of` and the reader do."""
+        folder = Path(os.path.abspath(path)).parent
+        root, name = folder.parent.parent, f"{folder.name}/{Path(path).name}"
+        labels = (root / "annotations" / name).with_suffix(".png")
+        if folder.parent.name != "images" or not labels.is_file():
+            return None
+        data = ADE20K(file_names([name]), torch.tensor([-1]), class_names(root), str(root))
+        return regions(target_of(data, 0, classes, image), classes)
+
+
+def regions(labels: Tensor, classes: list[str]) -> dict:
+    """The mask of each class in labels (h, w), and its name, as `overlay` takes them."""
+    kinds = labels[labels != IGNORED].unique()
+    names = [classes[k] for k in kinds]
+    return dict(masks=labels == kinds[:, None, None], kinds=kinds.tolist(), names=names)
 
 
 class ADE20K(ImageSet):
@@ -157,6 +172,12 @@ def load_ade20k(root: Path, split: str) -> ADE20K:
     require(not lone, f"--data {root}: {maps} has no annotation {lone[:1]} for an image (.png)")
     lone = sorted(stems - image_of.keys())
     require(not lone, f"--data {root}: {images} has no image {lone[:1]} for an annotation")
+    names = file_names([os.path.join(part, name) for name in image_of.values()])
+    return ADE20K(names, torch.full((len(names),), -1), class_names(root), str(root))
+
+
+def class_names(root: Path) -> list[str]:
+    """As this file's first lines say. Raises UserError where there are none or too many."""
     classes = [f"class {k}" for k in range(1, 151)]
     for path in (root / "objectInfo150.txt", root / "classes.txt"):  # the latter wins
         if path.is_file():
@@ -164,8 +185,7 @@ def load_ade20k(root: Path, split: str) -> ADE20K:
             lines = [line for line in lines if line.strip() and not line.startswith("Idx\t")]
             classes = [line.split("\t")[-1].strip() for line in lines]
             require(0 < len(classes) < IGNORED, f"{path} must name 1 to {IGNORED - 1} classes")
-    names = file_names([os.path.join(part, name) for name in image_of.values()])
-    return ADE20K(names, torch.full((len(names),), -1), classes, str(root))
+    return classes
 
 
 class VariedCrop(v2.RandomCrop):

@@ -1,6 +1,7 @@
 """Detection: COCO's layout, Mask R-CNN on the pyramid, and average precision."""
 
 import math
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from conftest import CPU, coco, start, succeed
+from conftest import CPU, coco, refused, start, succeed
 from PIL import Image
 from test_dense import answers, assert_boxes_of_masks, loader, noise, vit
 
@@ -416,17 +417,43 @@ def test_two_processes(scenes):
     succeed(start(code, 2))
 
 
-def test_what_is_found_is_told_and_drawn(capsys, monkeypatch):
+def test_what_is_found_is_told_and_drawn(capsys):
     """What has a score above one half, in the image's own pixels."""
-    image, calls = torch.zeros(3, 40, 50, dtype=torch.uint8), []
+    image = torch.zeros(3, 40, 50, dtype=torch.uint8)
     output = target((5, 6, 30, 31), (1, 2, 3, 4), (0, 0, 9, 9), side=50)
     output |= dict(scores=torch.tensor([0.9, 0.51, 0.49]), labels=torch.tensor([2, 1, 1]))
     output["masks"] = output["masks"][:, None] * 0.6
-    monkeypatch.setattr(detection, "overlay", lambda *given: calls.append(given))
-    task().tell(lambda images: [output], ["cat", "dog"], image)
+    found = task().tell(lambda images: [output], ["cat", "dog"], image)
     told = ["   90.0 %  dog at (5, 6, 30, 31)", "   51.0 %  cat at (1, 2, 3, 4)"]
     assert capsys.readouterr().out.splitlines() == told
-    [(same, masks, boxes, names, kinds)] = calls
-    assert same is image and names == ["dog 90%", "cat 51%"] and [*kinds] == [0, 1]
-    assert torch.equal(masks, output["masks"][:2, 0] > 0) and masks.any(dim=(1, 2)).all()
-    assert torch.equal(boxes, output["boxes"][:2])
+    assert found["names"] == ["dog 90%", "cat 51%"] and found["kinds"] == [2, 1]
+    assert torch.equal(found["masks"], output["masks"][:2, 0] > 0)
+    assert found["masks"].any(dim=(1, 2)).all()
+    assert torch.equal(found["boxes"], output["boxes"][:2])
+
+
+def test_what_is_known_of_an_image(tmp_path):
+    """Its objects, where the annotations list it; a sentence where they are of no use."""
+    classes = ["person", "car", "toothbrush"]
+    root, other = coco(tmp_path / "a"), coco(tmp_path / "b", lambda content: content.pop("images"))
+
+    def truth(path, classes=classes):
+        return task().truth(str(path), classes, read_image(str(path), upright=True))
+
+    known = truth(root / "val2017/000000000724.jpg")
+    assert known["names"] == ["car"] and known["kinds"] == [2]
+    assert known["boxes"].tolist() == [[10, 2, 22, 22]]
+    inside = torch.zeros(31, 45, dtype=torch.bool)
+    inside[2:22, 10:22] = True
+    assert torch.equal(known["masks"], inside[None])
+    assert truth(root / "val2017/000000000285.jpg")["names"] == []
+    for path in ("val2017/new.jpg", "elsewhere/000000000724.jpg"):
+        (root / path).parent.mkdir(exist_ok=True)
+        shutil.copy(root / "val2017/000000000724.jpg", root / path)
+        assert truth(root / path) is None
+    path = other / "val2017/000000000724.jpg"
+    refused(truth, path, message="is no file of COCO's instances")
+    path = root / "train2017/000000000724.jpg"
+    refused(truth, path, ["cat"], message="has other classes than the model")
+    Image.new("RGB", (45, 32)).save(path)
+    refused(truth, path, message="cannot be read, or is turned or of another size")

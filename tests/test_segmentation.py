@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, ade
+from conftest import CPU, ade, refused
 from PIL import Image
 from test_dense import answers, loader, noise, vit
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-from common.data import normalise_images
+from common.data import normalise_images, read_image
 from mirl import UserError
 from tasks import segmentation as seg
 from tasks.segmentation import Segmentation, load_ade20k, segment_transform
@@ -322,17 +322,45 @@ def test_scores_are_at_the_size_of_the_labels(tmp_path, slide):
     assert left["aacc"] == pytest.approx(50)
 
 
-def test_what_is_seen_is_told_and_drawn(capsys, monkeypatch):
-    """At the image's own size, whatever the model's is; a name at a pixel of its class."""
+def test_what_is_seen_is_told_and_drawn(capsys):
+    """At the image's own size, whatever the model's is."""
     image = torch.zeros(3, 96, 192, dtype=torch.uint8)
     image[:, :, 48:] = 255
-    calls = []
-    monkeypatch.setattr(seg, "overlay", lambda *given: calls.append(given))
     with torch.no_grad():
-        task().tell(answers(bright, image_size=48), ["dark", "bright", "never"], image)
+        found = task().tell(answers(bright, image_size=48), ["dark", "bright", "never"], image)
     assert capsys.readouterr().out.splitlines() == ["   25.0 %  dark", "   75.0 %  bright"]
-    [(same, masks, boxes, names, kinds, lines)] = calls
-    assert same is image and names == ["dark", "bright"] and (kinds, lines) == ([0, 1], "white")
-    assert torch.equal(masks[1], image[0] == 255) and torch.equal(masks[0], image[0] == 0)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
-        assert mask[top, left] and (right, bottom) == (left + 1, top + 1)
+    assert found["names"] == ["dark", "bright"] and found["kinds"] == [0, 1]
+    assert torch.equal(found["masks"], torch.stack([image[0] == 0, image[0] == 255]))
+
+
+def test_what_is_known_of_an_image(tmp_path):
+    """Its labels but for those that count for nothing; a sentence where they do not fit it, as
+    where they are of the image as it is stored, and that is turned."""
+    root, classes = tmp_path, ["cat", "dog"]
+    for folder in ("images/validation", "annotations/validation", "elsewhere/validation"):
+        (root / folder).mkdir(parents=True)
+    (root / "classes.txt").write_text("cat\ndog\n")
+    labels = np.array([[0, 0, 2, 2], [1, 255, 2, 2], [1, 1, 2, 2], [1, 1, 1, 1]], np.uint8)
+    photo = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+
+    def truth(labels=labels, classes=classes, place="images", **how):
+        Image.fromarray(labels).save(root / "annotations/validation/a.png")
+        path = str(root / place / "validation/a.png")
+        photo.save(path, **how)
+        return task().truth(path, classes, read_image(path, upright=True))
+
+    known = truth()
+    assert known["names"] == classes and known["kinds"] == [0, 1]
+    masks = np.stack([labels == 1, labels == 2])
+    assert np.array_equal(known["masks"].numpy(), masks)
+    assert truth(labels * 0)["names"] == []
+    assert truth(place="elsewhere") is None
+    refused(truth, labels + 5, message=r"has the label \[5\]")
+    refused(truth, labels[:3], message="is no map of one label for each pixel")
+    refused(truth, classes=["cow", "dog"], message="has other classes than the model")
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    refused(truth, exif=turned, message="cannot be read, or is turned")
+    (root / "annotations/validation/a.png").unlink()
+    path = str(root / "images/validation/a.png")
+    assert task().truth(path, classes, read_image(path)) is None

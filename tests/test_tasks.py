@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shutil
 from functools import partial
 
 import conftest
@@ -156,19 +157,37 @@ def test_the_images_are_drawn_by_the_seed_those_of_validation_always_alike(
 
 @both
 def test_a_picture_of_what_is_seen(folder, task, tmp_path, capsys):
-    """A bias makes the model see one kind alone, everywhere or wherever it looks."""
+    """A bias makes the model see one kind alone, everywhere or wherever it looks. The truth stands
+    beside it where the image lies in its data set, and there it can be read."""
     saved = load_file(folder / task / "raw-last.pt")
     bias = dict(segment="head.1.bias", detect="roi_heads.box_predictor.cls_score.bias")[task]
     saved["model"][bias][3] += 99
     torch.save(saved, tmp_path / "model.pt")
-    image = folder / "scenes" / "val2017" / "00001.png"
+    name = dict(segment="images/validation", detect="val2017")[task] + "/00001.png"
+    image = folder / "scenes" / name
+    shutil.copy(image, alone := tmp_path / "alone.png")
+    broken = shutil.copytree(folder / "scenes", tmp_path / "broken") / name
+    for file in (tmp_path / "broken" / "annotations").rglob("*.*"):
+        file.write_bytes(b"broken")
     flags = ["--task", task, "--from", tmp_path / "model.pt", "--out", tmp_path / "out"]
-    assert finetune("--predict", image, *flags) == 0
-    drawn = tmp_path / "out" / f"00001-{task}.png"
-    first, *told, last = capsys.readouterr().out.splitlines()
-    assert (first, last) == (str(image), f"  drawn: {drawn}") and told
-    assert all(KINDS[task][3 if task == "segment" else 2] in line for line in told)
-    assert Image.open(drawn).size == (512, 512)
+    for path, columns, lines in ((image, 3, 0), (alone, 2, 0), (broken, 2, 1)):
+        assert finetune("--predict", path, *flags) == 0
+        drawn = tmp_path / "out" / f"{path.stem}-{task}.png"
+        first, *told, last = capsys.readouterr().out.splitlines()
+        assert (first, last) == (str(path), f"  drawn: {drawn}")
+        seen = [line for line in told if "no ground truth: " not in line]
+        assert len(told) - len(seen) == lines and seen
+        assert all(KINDS[task][3 if task == "segment" else 2] in line for line in seen)
+        panels = TF.pil_to_tensor(Image.open(drawn))[:, -516:-4, 4:].unfold(2, 512, 516)
+        panels = panels[:, ::8, :, ::8].permute(2, 0, 1, 3).int()  # as many pixels as the image
+        assert len(panels) == columns
+        pixels, instances, kinds = (x[0] for x in make_scenes(*COUNTS["val"]))
+        assert torch.equal(panels[0], pixels.int())
+        for k in (kinds >= 0).nonzero()[:, 0].tolist() if columns == 3 else []:
+            colour = torch.tensor([*bytes.fromhex(dense.PALETTE[kinds[k] + 1][1:])])[:, None]
+            there = instances == k + 1
+            off = panels[1][:, there] - (pixels[:, there].int() + colour) // 2
+            assert (off.abs().amax(dim=0) <= 1).float().mean() > 0.6  # but for names and boxes
 
 
 def only(*labels):
