@@ -213,24 +213,14 @@ def overlay(
 
 
 def write(image: Tensor, names: Sequence[str], places: Sequence[tuple[float, float]]) -> Tensor:
-    """The image, uint8 (3, h, w), with names around their places (x, y), moved to be all inside of
-    it, and up or down where they would cover each other."""
+    """The image, uint8 (3, h, w), with names around their places (x, y), moved to be all inside."""
     picture = TF.to_pil_image(image)
     draw = ImageDraw.Draw(picture)
     font = fitting_font(names, min(picture.size) - 2 * GAP)
-    height, outline, taken = round(1.3 * font.size), math.ceil(font.size / 16), []
-    rows = range(height // 2, picture.height - height // 2)
-    for name, (x, y) in zip(names, places, strict=True):
-        half = font.getlength(name) / 2 + GAP
-        x = min(max(x, half), picture.width - half)
-        free = [
-            row
-            for row in rows
-            if all(abs(x - a) >= half + b or abs(row - c) >= height for a, b, c in taken)
-        ]
-        y = min(free or rows, key=lambda row, y=y: abs(row - y), default=y)
-        taken.append((x, half, y))
-        draw.text((x, y), name, "white", font, "mm", stroke_width=outline, stroke_fill="black")
+    for name, place in zip(names, places, strict=True):
+        half = font.getlength(name) / 2 + GAP, 0.65 * font.size
+        x, y = (min(max(p, m), side - m) for p, m, side in zip(place, half, picture.size))
+        draw.text((x, y), name, "white", font, "mm", stroke_width=1, stroke_fill="black")
     return TF.pil_to_tensor(picture)
 
 

@@ -316,15 +316,13 @@ def test_an_overlay_shows_what_was_found():
     assert torch.equal(dense.overlay(image, masks[:0], [], []), large)
 
 
-def test_names_are_whole_and_apart():
-    """Of five in one corner each is as much ink as it is alone in the middle."""
-    names, grey = ["one", "two words", "3", "f, o, u, r", "five"], torch.full((3, 200, 300), 128)
-    grey = grey.to(torch.uint8)
-
-    def ink(names, place):
-        drawn = dense.write(grey, names, [place] * len(names))
-        assert (drawn[:, :, :2] == 128).all() and (drawn[:, :2] == 128).all()
-        return (drawn != 128).any(dim=0).sum().item()
-
-    alone = sum(ink([name], (150, 100)) for name in names)
-    assert ink(names, (0, 0)) == pytest.approx(alone, rel=0.05)
+def test_names_are_whole():
+    """In the corners of pictures, tall ones too, as much ink as in the middle."""
+    for h, w in ((200, 300), (300, 90)):
+        grey = torch.full((3, h, w), 128, dtype=torch.uint8)
+        inside, *others = (
+            (dense.write(grey, ["two words"], [(x, y)]) != 128).any(dim=0)
+            for x, y in ((w / 2, h / 2), (0, 0), (w, h), (w / 2, h + 5))
+        )
+        for ink in others:
+            assert ink.sum() == pytest.approx(inside.sum().item(), rel=0.05)
