@@ -88,7 +88,7 @@ TASKS = dict(classify=Classification, segment=Segmentation, detect=Detection)
 RECIPES = {
     # the embedded data set with few labels, in minutes on a laptop
     "quick": dict(model="vit_nano", data="shapes", epochs=36, warmup_epochs=4, batch_size=32,
-                  base_lr=8e-3, layer_decay=0.75, drop_path=0.0, randaug=0.0, mixup=0.0,
+                  base_lr=2.4e-2, layer_decay=0.75, drop_path=0.0, randaug=0.0, mixup=0.0,
                   cutmix=0.0, ema_decay=0.99),
     "cifar10": dict(model="vit_ti", data="cifar10", epochs=100, warmup_epochs=5, batch_size=512,
                     base_lr=1e-3, layer_decay=0.75, drop_path=0.1, randaug=9.0, mixup=0.8,

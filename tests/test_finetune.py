@@ -410,7 +410,7 @@ def test_a_recipe_is_for_its_task():
     quick = {task: train_finetune.parse(["--task", task]) for task in train_finetune.TASKS}
     found = {task: (a.data, a.epochs, a.lr, a.head_width, a.out) for task, a in quick.items()}
     assert found == dict(
-        classify=("shapes", 36, 1e-3, None, "runs/finetune-quick"),
+        classify=("shapes", 36, 3e-3, None, "runs/finetune-quick"),
         segment=("scenes", 12, 4e-3, 64, "runs/segment-quick"),
         detect=("scenes", 8, 2e-3, 64, "runs/detect-quick"),
     )
