@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mirl
 from common import distributed
 from common.checkpoint import save
-from common.cli import count, number, out_of_memory, run_script, switch, text
+from common.cli import RecipeParser, count, number, out_of_memory, run_script, switch, text
 from mirl import require
 
 # Images a second on one V100 at batch 256. [S D, Table 4]
@@ -42,12 +42,7 @@ TABLE_4 = dict(vit_s=751, vit_s_54=257, vit_b=488, vit_b_24=285, vit_b_48=160)
 
 
 def parse(argv: list[str] | None = None, doc: str | None = __doc__) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=doc,
-        usage="%(prog)s [--flag VALUE …] (--help explains each)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = RecipeParser(doc, {})
     flag = parser.add_argument
     # fmt: off
     flag("--models", nargs="+", choices=mirl.MODELS, default=[*TABLE_4], metavar="MODEL",

@@ -328,11 +328,10 @@ def main(argv: list[str] | None = None) -> None:
                 log.end_step(lr, norm)
                 if average:
                     mirl.update_ema(average, model, ema_decay(args.ema_decay, log.step))
-            log.check_weights(model)
 
             for each in models.values():
                 share_buffers(each)
-            trained = log.trained() | dict(corrupt_files=len(dataset.broken))
+            trained = log.trained(model) | dict(corrupt_files=len(dataset.broken))
             save(epoch + 1, unscored=trained)  # an evaluation that fails costs no epoch
             score(epoch + 1, trained)
         log.bar.close()

@@ -212,8 +212,7 @@ def main(argv: list[str] | None = None) -> None:
                 if args.feature_weight:
                     decay = momentum(log.step / log.steps, args.epochs)
                     mirl.update_ema(model.momentum_encoder, model.encoder, decay)
-            log.check_weights(model)
-            log.end_epoch(corrupt_files=len(loader.dataset.broken))
+            log.end_epoch(log.trained(model), corrupt_files=len(loader.dataset.broken))
             checkpoint.save_checkpoint(
                 args.out,
                 parts,

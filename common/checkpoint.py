@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import errno
-import functools
 import math
 import os
 import re
@@ -47,7 +46,7 @@ def save_model(path: Path, model: nn.Module, **more) -> None:
     """What `model` can be rebuilt from on any machine: its weights, on the CPU, and its config."""
     weights = {k: v.cpu() for k, v in model.state_dict().items()}
     state = dict(model=weights, config=dataclasses.asdict(model.config)) | more
-    save(path, functools.partial(torch.save, state))
+    save(path, lambda temporary: torch.save(state, temporary))
 
 
 SAFETENSORS = re.compile(rb".{5}\0\0\0\{", re.DOTALL)  # a length, then JSON
@@ -121,29 +120,29 @@ def resume(out: str, parts: dict[str, Any], identity: dict[str, Any]) -> dict[st
     """
     path = Path(out) / "checkpoint.pt"
     saved = load_file(path) if path.exists() else {}
-    if saved:
-        try:
-            old = saved["identity"]
-            changed = {k: (v, identity.get(k)) for k, v in old.items() if v != identity.get(k)}
-            other = ", ".join(f"{k} {v!s:.60} -> {new!s:.60}" for k, (v, new) in changed.items())
-            require(
-                not changed,
-                f"--resume continues a run as it began, and {path} has other {other}; give what it "
-                "began with, or another --out",
-            )
-            for name, part in parts.items():
-                if saved[name]:  # the loss scaler has nothing to save but in fp16
-                    part.load_state_dict(saved[name])
-            say(f"resuming {path} after epoch {saved['epoch']} of {identity['epochs']}")
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
-            raise UserError(
-                f"--resume: {path} is damaged or no checkpoint of this script: move it away to "
-                "start anew, or choose another --out"
-            ) from None
     epochs = gather(saved.get("epoch", 0))
     require(len(set(epochs)) == 1, f"--out {out} must be shared by all nodes")
+    if not saved:
+        return saved
+    try:
+        old, new = saved["identity"], identity.get
+        other = [f"{k} {v!s:.60} -> {new(k)!s:.60}" for k, v in old.items() if v != new(k)]
+        require(
+            not other,
+            f"--resume continues a run as it began, and {path} has other {', '.join(other)}; give "
+            "what it began with, or another --out",
+        )
+        for name, part in parts.items():
+            if saved[name]:  # the loss scaler has nothing to save but in fp16
+                part.load_state_dict(saved[name])
+        say(f"resuming {path} after epoch {saved['epoch']} of {identity['epochs']}")
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
+        raise UserError(
+            f"--resume: {path} is damaged or no checkpoint of this script: move it away to start "
+            "anew, or choose another --out"
+        ) from None
     return saved
 
 
@@ -151,14 +150,7 @@ def save_checkpoint(out: str, parts: dict[str, Any], **more) -> None:
     """The state of every part and what else a resume needs, from the main process."""
     if RANK == 0:
         state = {name: part.state_dict() for name, part in parts.items()} | more
-        save(Path(out) / "checkpoint.pt", functools.partial(torch.save, state))
-
-
-def last_checkpoint(out: str | Path) -> str:
-    path = Path(out) / "checkpoint.pt"
-    if path.exists():
-        return f"{path} holds the last complete epoch, and --resume continues it"
-    return "no epoch was complete, so there is no checkpoint, and --resume starts anew"
+        save(Path(out) / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
 
 
 def tensors_in(saved: dict, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
@@ -178,13 +170,11 @@ def named_tensors(saved: dict[str, Any], whole: bool = False) -> dict[str, Tenso
     its names is taken, and a teacher before its student. Without one: all tensors of the file.
     """
     tensors = dict(tensors_in(saved))
-    ends = "cls_token", "patch_embed.proj.weight"
-    stems = [k.removesuffix(ends[0]) for k in tensors if k.endswith(ends[0])]
-    stems = [stem for stem in stems if stem + ends[1] in tensors]
-    stems.sort(key=lambda stem: ("student" in stem, len(stem)))
-    if len(stems) > 1:
-        say(f"takes the weights {stems[0]}*, not {', '.join(f'{stem}*' for stem in stems[1:])}")
-    stem = stems[0] if stems else ""
+    stems = [k.removesuffix("cls_token") for k in tensors if k.endswith("cls_token")]
+    stems = [stem for stem in stems if f"{stem}patch_embed.proj.weight" in tensors]
+    stem, *others = sorted(stems, key=lambda stem: ("student" in stem, len(stem))) or [""]
+    if others:
+        say(f"takes the weights {stem}*, not {', '.join(f'{other}*' for other in others)}")
     stem = stem.removesuffix("encoder.") if whole else stem
     return {k.removeprefix(stem): x for k, x in tensors.items() if k.startswith(stem)}
 
@@ -215,11 +205,10 @@ def load_weights(
 def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]:
     """Fill a ViT from a file; returns the names of what the file does not hold, left as it was.
 
-    The file may be a pre-training checkpoint, an `encoder.pt`, a fine-tuned model, the authors', or
-    any in which `named_tensors` finds timm's or MAE's names; decoders in it are left out. The head,
-    and the norm before it, are taken where they fit; positions of another grid are resized.
-    truncated: the file may have fewer blocks [S E]. Raises UserError where anything else does not
-    fit; the ViT is then unchanged.
+    The file is one of ours, the authors', or any in which `named_tensors` finds timm's or MAE's
+    names; decoders are left out. The head, and the norm before it, are taken where they fit;
+    positions of another grid are resized. truncated: the file may have fewer blocks [S E]. Raises
+    UserError where anything else does not fit; the ViT is then unchanged.
     """
     saved = load_file(path)
     weights = named_tensors(saved)
@@ -246,8 +235,8 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
 
 
 def fit_positions(table: Tensor, theirs: Any, config: Config) -> Tensor:
-    """A position table (1, 1+n, D) resized to the grid of `config`; theirs: what the file calls its
-    config. Without a `Config` the grid is square. Raises UserError where n is no square."""
+    """A position table (1, 1+n, D) resized to the grid of `config`, from that of `theirs`, which
+    tells a `Config`, or is square. Raises UserError where n is no square."""
     n = table.shape[1] - 1
     try:
         grid = Config(**theirs).grid
@@ -299,9 +288,8 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
             weight_norm="decoders.0.head.weight" not in weights,
         )
         size = fields["depth"], fields["width"], fields["segments"]
-        for c in mirl.MODELS.values():
-            if size == (c.depth, c.width, c.segments):
-                fields |= dict(heads=c.heads, decoder_heads=c.decoder_heads)
+        alike = [c for c in mirl.MODELS.values() if (c.depth, c.width, c.segments) == size]
+        fields |= {k: getattr(c, k) for c in alike for k in ("heads", "decoder_heads")}
         require(
             fields.keys() | overrides >= {"heads", "decoder_heads"},
             "{}: no model has {} blocks of width {} in {} segments, so its heads are not known: "
@@ -316,19 +304,15 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
 
 
 def load_classifier(weights: dict[str, Tensor], name: str, path: str) -> mirl.ViT:
-    """A fine-tuned ViT of the authors, MAE or timm, from its weights under timm's names; the number
-    of heads follows from the model `name`, the rest from the weights. Raises UserError for other
-    weights, or where that model is of another depth or width."""
+    """A fine-tuned ViT of the authors, MAE or timm, from its weights under timm's names; depth,
+    width and heads are the model's of this name, the rest follows from the weights. Raises
+    UserError for other weights."""
     require("head.weight" in weights, f"--from {path} is no fine-tuned model: it has no head")
-    shape, named = encoder_shape(weights, path), mirl.model_config(name)
-    require(
-        (shape["depth"], shape["width"]) == (named.depth, named.width),
-        f"--from {path} has {shape['depth']} blocks of width {shape['width']}, and --model {name} "
-        f"has {named.depth} of {named.width}: give the --model that it is",
-    )
+    named = mirl.model_config(name)
+    shape = encoder_shape(weights, path) | dict(depth=named.depth, width=named.width)
     pool = "mean" if "fc_norm.weight" in weights else "cls"
     model = mirl.build_vit(name, **shape, num_classes=len(weights["head.weight"]), pool=pool)
-    load_weights(model, weights, f"--from {path}")
+    load_weights(model, weights, f"--from {path} (is it --model {name}?)")
     return model
 
 

@@ -21,13 +21,10 @@ def number(kind=float, low=-math.inf, above=-math.inf, high=math.inf) -> Callabl
 
     def parse(text: str) -> int | float:
         value = kind(text)
-        for wrong, limit in (
-            (not abs(value) < 2**63, "finite"),  # nor NaN
-            (value < low, f"at least {low}"),
-            (value <= above, f"greater than {above}"),
-            (value > high, f"at most {high}"),
-        ):
-            if wrong:
+        limits = {"finite": abs(value) < 2**63, f"at least {low}": value >= low}  # NaN is neither
+        limits |= {f"greater than {above}": value > above, f"at most {high}": value <= high}
+        for limit, holds in limits.items():
+            if not holds:
                 raise argparse.ArgumentTypeError(f"must be {limit}, not {text:.40}")
         return value
 
@@ -47,9 +44,9 @@ count, positive, share = number(int, low=1), number(above=0), number(low=0, high
 
 class RecipeParser(argparse.ArgumentParser):
     """argparse, whose flags have the values of a recipe where they are not given. recipes: name ->
-    values of flags. One named <recipe>-<task> is what --task makes of a recipe."""
+    values of flags, the first by default. One named <recipe>-<task> is what --task makes of it."""
 
-    def __init__(self, doc: str, recipes: dict[str, dict[str, Any]]):
+    def __init__(self, doc: str | None, recipes: dict[str, dict[str, Any]]):
         self.recipes = recipes
         super().__init__(
             description=doc,
@@ -57,13 +54,11 @@ class RecipeParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.add_argument(
-            "--recipe",
-            choices=[name for name in recipes if "-" not in name],
-            default="quick",
-            help="values for the flags whose help lists one by recipe; a flag that you give wins; "
-            "default quick",
-        )
+        if recipes:
+            names = [name for name in recipes if "-" not in name]
+            told = "values for the flags whose help lists one by recipe; a flag that you give wins"
+            told += f"; default {names[0]}"
+            self.add_argument("--recipe", choices=names, default=names[0], help=told)
 
     def add_argument(self, *names, **options) -> argparse.Action:
         """The flag, with what each recipe sets it to in its help."""
@@ -136,16 +131,10 @@ def settle(args: argparse.Namespace, out: str) -> None:
     warmup, epochs = args.warmup_epochs, args.epochs
     longer = f"--warmup-epochs {warmup:g} is longer than the run of {epochs} epochs: give both"
     require(warmup <= epochs, longer)
-    require_extra("tensorboard", "--tensorboard", args.tensorboard)
+    there = not args.tensorboard or importlib.util.find_spec("tensorboard")
+    require(there, "--tensorboard needs tensorboard: pip install -e '.[tensorboard]'")
     args.lr = args.lr or args.base_lr * args.batch_size / 256
     args.out = args.out or out
-
-
-def require_extra(package: str, flag: str, wanted: bool = True) -> None:
-    """Raises UserError where a flag needs a package that is not installed."""
-    missing = wanted and not importlib.util.find_spec(package)
-    extra = dict(matplotlib="plot", pycocotools="coco").get(package, package)
-    require(not missing, f"{flag} needs {package}: pip install -e '.[{extra}]'")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ IMAGES = tuple(kind for kind, name in KINDS if "image/" in Image.MIME.get(name, 
 NOTES = (".txt", ".md", ".json", ".xml", ".csv", ".yaml", ".yml", "readme", "license")
 SYSTEM = {"__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found"}
 SYSTEM |= {"@eadir", "#recycle", "@recycle", "#snapshot", "thumbs.db", "desktop.ini"}
-warn = functools.cache(say)  # once, where one folder is looked through for both splits
+say_once = functools.cache(say)  # where one folder is looked through for both splits
 
 
 @dataclass
@@ -113,11 +113,8 @@ def read_images(flag: str, paths: list[str]) -> list[Tensor]:
 
 
 def load_data(name: str, data_dir: str, split: str) -> ImageSet:
-    """A data set by the name given to --data, or a folder; split: "train" or "val".
-
-    `cifar10`, `cifar100` and `imagenette` (ten classes of ImageNet, of 320 pixels) are downloaded
-    into `data_dir` at first use. Raises UserError for what cannot be had.
-    """
+    """A data set by the name given to --data, or a folder; split: "train" or "val". What is not
+    embedded is downloaded into `data_dir` at first use. Raises UserError for what cannot be had."""
     if name == "shapes":
         shapes = make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
         return ImageSet(*shapes, CLASSES)
@@ -159,7 +156,7 @@ def load_folder(root: Path, split: str) -> ImageSet:
     val = next((name for name in ("val", "valid", "validation") if name in here), "")
     beside = [name for name in here if name not in (train, val, "test")]
     beside += [n for n in sorted(os.listdir(root)) if is_data(n) and n.lower().endswith(IMAGES)]
-    tell(root, "folders and images beside train/ left out", beside if train else [])
+    warn(root, "folders and images beside train/ left out", beside if train else [])
     has_splits = val and (train or not beside)
     folder = root / (val if has_splits and split == "val" else train)
     names = files_in(folder)
@@ -172,7 +169,7 @@ def load_folder(root: Path, split: str) -> ImageSet:
     index = {name: label for label, name in enumerate(classes)}
     labels = torch.tensor([index.get(top, -1) for top in tops])
     empty = sorted(set(classes) - set(tops)) if folder == known else []
-    tell(folder, "classes without an image, which the head has all the same", empty)
+    warn(folder, "classes without an image, which the head has all the same", empty)
     return ImageSet(file_names(names), labels, classes, str(folder))
 
 
@@ -195,14 +192,14 @@ def files_in(folder: Path, kinds: tuple[str, ...] = IMAGES) -> list[str]:
         if all(map(is_data, parts)):
             files += [os.path.join(*parts, name) for name in sorted(names) if is_data(name)]
     others = [name for name in files if not name.lower().endswith(kinds + NOTES)]
-    tell(folder, "files of other kinds left out", others)
+    warn(folder, "files of other kinds left out", others)
     return [name for name in files if name.lower().endswith(kinds)]
 
 
-def tell(folder: Path, what: str, names: list[str]) -> None:
+def warn(place: Path, what: str, names: list[str]) -> None:
     """Say how many these are, and the first, if there are any."""
     if names:
-        warn(f"warning: {folder}: {what}: {len(names)}, the first is {names[0]}")
+        say_once(f"warning: {place}: {what}: {len(names)}, the first is {names[0]}")
 
 
 def subset(data: ImageSet, wanted: int | None, seed: int, flag: str) -> ImageSet:
@@ -274,12 +271,11 @@ class EpochSampler(Sampler):
 class AugmentedImages(Dataset):
     """Single images, each transformed at random in its own way: what worker processes run.
 
-    transform: uint8 (3, h, w) -> uint8 (3, *size). Indexed with (epoch, i), which alone decide the
-    picture; gives (image, label, bad). Where image i cannot be read, the next readable one stands
-    in, so that a batch keeps its size, and bad is i (else −1); it has its own label if
-    `keep_labels`, else −1. Where the data's `read` gives (image, target), both are transformed
-    together, and a target that is not kept is None. `broken`: in the main process, names of what
-    could not be read so far. Raises UserError where nothing can be read.
+    transform: uint8 (3, h, w) -> uint8 (3, *size). (epoch, i) alone decides about (image, label,
+    bad). Where image i cannot be read, the next readable one stands in, so that a batch keeps its
+    size: bad is i (else −1), and the label is its own, or −1 without `keep_labels`. Where `read`
+    gives (image, target), both are transformed together, and a target that is not kept is None.
+    `broken`: what could not be read so far. Raises UserError where nothing can be read.
     """
 
     def __init__(
@@ -347,13 +343,12 @@ def start_worker(worker: int) -> None:
 
 
 def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """An epoch: images float32 (b, 3, *size), normalised, and labels int64 (b,), on the device;
-    lists of images or targets that differ in size or kind. What could not be read is named at the
-    end, once, and added to `loader.dataset.broken`."""
+    """An epoch: images float32 (b, 3, *size), normalised, and labels int64 (b,), on the device, or
+    lists where they differ in size or kind. What could not be read is named at the end, once."""
     found: set[int] = set()
     for images, labels, bad in loader:
         found |= set(bad[bad >= 0].tolist())
-        images, labels = (move_to(x, device, loader.pin_memory) for x in (images, labels))
+        images, labels = move_to([images, labels], device)
         alike = isinstance(images, Tensor)
         yield normalise_images(images) if alike else [*map(normalise_images, images)], labels
     dataset = loader.dataset
@@ -363,13 +358,13 @@ def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Any, Any
     dataset.broken |= names
 
 
-def move_to(x: Any, device: torch.device, non_blocking: bool) -> Any:
+def move_to(x: Any, device: torch.device) -> Any:
     """x with the tensors in it, also in lists and dicts, on the device."""
     if isinstance(x, list):
-        return [move_to(v, device, non_blocking) for v in x]
+        return [move_to(v, device) for v in x]
     if isinstance(x, dict):
-        return {k: move_to(v, device, non_blocking) for k, v in x.items()}
-    return x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x
+        return {k: move_to(v, device) for k, v in x.items()}
+    return x.to(device, non_blocking=device.type == "cuda") if isinstance(x, Tensor) else x
 
 
 def normalise_images(images: Tensor) -> Tensor:

@@ -56,10 +56,9 @@ def pick_device(flag: str) -> torch.device:
         name = here if here == "cuda" or (here == "mps" and WORLD_SIZE == 1) else "cpu"
     name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
     known = name.split(":")[0] in ("cuda", "mps", "cpu")
-    require(known, f"--device {flag}: use auto, cuda, cuda:N, mps or cpu")
     require(
-        WORLD_SIZE == 1 or flag in ("auto", "cuda", "cpu"),
-        f"--device {flag} is for one process: under torchrun use cuda or cpu",
+        known if WORLD_SIZE == 1 else flag in ("auto", "cuda", "cpu"),
+        f"--device {flag}: use auto, cuda or cpu, or without torchrun cuda:N or mps",
     )
     try:
         return torch.empty(0, device=name).device
@@ -76,10 +75,9 @@ def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
     cuda = device.type == "cuda"
     bf16 = not cuda or torch.cuda.get_device_capability(device) >= (8, 0)
     require(flag != "bf16" or bf16, "--dtype bf16: this GPU has no bf16; use fp16 or fp32")
-    other = f"--dtype fp16 needs a CUDA device, not {device.type}; use bf16 or fp32"
-    require(flag != "fp16" or cuda, other)
+    require(flag != "fp16" or cuda, "--dtype fp16 needs a CUDA device; use bf16 or fp32")
     auto = torch.bfloat16 if cuda and bf16 else torch.float32
-    return dict(auto=auto, bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[flag]
+    return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32).get(flag, auto)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -125,11 +123,10 @@ def gather(value: Any) -> list[Any]:
 def rank_zero_first() -> Iterator[None]:
     """Process 0 goes through first, then the first of each node, then the rest."""
     turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
-    barrier = dist.barrier if dist.is_initialized() else lambda: None
     for _ in range(turn):
-        barrier()
+        gather(None)  # waits for all
     try:
         yield
     finally:
         for _ in range(2 - turn):
-            barrier()
+            gather(None)

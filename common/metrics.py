@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checkpoint import last_checkpoint, save
+from common.checkpoint import save
 from common.distributed import RANK, WORLD_SIZE, pick_dtype, say
 from mirl import UserError
 
@@ -80,7 +80,7 @@ class MetricLogger:
     def start(self, saved: dict[str, Any], model: nn.Module, device: torch.device) -> None:
         """Begin, or go on from a checkpoint, with metrics.jsonl as it was then."""
         args = self.args
-        self.start_clock()
+        self.start_window()
         self.history, self.written = saved.get("history", []), saved.get("written", 0)
         self.step = saved.get("epoch", 0) * self.steps
         disable = None if RANK == 0 else True  # None: where there is no terminal
@@ -111,13 +111,14 @@ class MetricLogger:
 
     def start_epoch(self, epoch: int) -> None:
         """epoch: from 1."""
-        self.epoch, self.window = epoch, []  # the losses of each micro-batch since the last log
+        self.epoch = epoch
         self.epoch_losses: list[Tensor] = []  # of each step up to the last log
-        self.start_clock()
+        self.start_window()
         self.epoch_began = self.clock
 
-    def start_clock(self) -> None:
-        self.clock, self.waited = time.perf_counter(), 0.0
+    def start_window(self) -> None:
+        """From here on to the next log: the losses (terms,) of each micro-batch."""
+        self.clock, self.waited, self.window = time.perf_counter(), 0.0, []
 
     def timed(self, batches: Iterable) -> Iterator:
         """The batches; the time that the loop waits for them is logged as `input_wait`."""
@@ -169,34 +170,30 @@ class MetricLogger:
             left = tqdm.format_interval((self.total - self.step) * seconds / len(losses))
             place = f"epoch {self.epoch}/{self.args.epochs}  step {self.step}/{self.total}"
             say(f"{place}  {text}  {left} left")
-        self.window = []
-        self.start_clock()
-
-    def check_weights(self, model: nn.Module) -> None:
-        """After an epoch, whose last step may ruin them. Raises TrainingError for NaN, infinity."""
-        finite = torch.stack([p.isfinite().all() for p in model.parameters()])
-        self.go_on_if(finite.all(), "a weight after")
+        self.start_window()
 
     def go_on_if(self, finite: Tensor, what: str) -> None:
         if not finite:
             raise TrainingError(
-                f"{what} step {self.step} (epoch {self.epoch}) is not finite; "
-                f"{last_checkpoint(self.args.out)}; try a lower --lr, --clip-grad 1, or --dtype "
-                "bf16 or fp32"
+                f"{what} step {self.step} (epoch {self.epoch}) is not finite; {self.args.out} is "
+                f"complete up to epoch {self.epoch - 1}, where --resume goes on; try a lower --lr, "
+                "--clip-grad 1, or --dtype bf16 or fp32"
             )
 
-    def trained(self) -> dict[str, Any]:
-        """The record of the epoch's last step, with the means and the speed of all."""
+    def trained(self, model: nn.Module) -> dict[str, Any]:
+        """The record of the epoch's last step, with the means and the speed of all. Raises
+        TrainingError for NaN or infinity in the weights, which that step may have ruined."""
+        finite = torch.stack([p.isfinite().all() for p in model.parameters()])
+        self.go_on_if(finite.all(), "a weight after")
         training = self.clock - self.epoch_began  # up to the last step, which was logged
         speed = round(self.steps * self.args.batch_size / training, 1)
         means = dict(zip(self.names, torch.cat(self.epoch_losses).mean(dim=0).tolist()))
-        self.start_clock()
+        self.start_window()
         seconds = self.clock - self.epoch_began
         return self.record | means | dict(images_per_second=speed, seconds=seconds)
 
-    def end_epoch(self, trained: dict[str, Any] | None = None, **record) -> None:
+    def end_epoch(self, trained: dict[str, Any], **record) -> None:
         """Write the epoch: what it `trained`, also before a resume, and `record`'s values."""
-        trained = trained or self.trained()
         record["seconds"] = round(trained["seconds"] + time.perf_counter() - self.clock, 2)
         self.history.append(trained | record)
         self.write("epoch", self.history[-1])

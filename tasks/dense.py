@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common.data import ImageSet, read_image
-from common.distributed import rank_zero_first, say
+from common.distributed import rank_zero_first
 from common.pictures import GAP, fitting_font, titled
 from common.shapes import SHAPES, make_scenes
 from mirl import ViT, patchify, require, resize_positions
@@ -119,11 +119,6 @@ def read_sized(path: str, size: tuple[int, int]) -> Tensor | None:
         turned = read_image(path, upright=True)
         image = turned if turned is not None and turned.shape[1:] == size else image
     return None if image is None or is_thin(image) else image
-
-
-def say_left_out(names: list[str], what: str) -> None:
-    if names:
-        say(f"warning: {len(names)} {what}, the first {names[0]}: left out")
 
 
 def annotation_file(folder: str | Path) -> Path:

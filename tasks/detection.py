@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -32,19 +33,11 @@ from torchvision.ops import FeaturePyramidNetwork, box_convert, clip_boxes_to_im
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
-from common.cli import require_extra
-from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images
+from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images, warn
 from common.distributed import RANK, autocast, gather, say
 from mirl import Config, UserError, ViT, at_least_float32, require
 from tasks.classification import Classification, wanted_images
-from tasks.dense import (
-    Pyramid,
-    annotation_file,
-    data_folder,
-    read_sized,
-    say_left_out,
-    target_of,
-)
+from tasks.dense import Pyramid, annotation_file, data_folder, read_sized, target_of
 
 with contextlib.suppress(ImportError):  # Detection says what to install
     from pycocotools import mask as run_lengths
@@ -58,7 +51,8 @@ class Detection(Classification):
     best = "mask_ap"
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        require_extra("pycocotools", "--task detect")
+        there = importlib.util.find_spec("pycocotools")
+        require(there, "--task detect needs pycocotools: pip install -e '.[coco]'")
         super().__init__(args, device)
 
     def data(self, split: str) -> ImageSet:
@@ -284,7 +278,7 @@ def load_coco(root: Path, split: str) -> COCODetection:
     for what, ids in unlisted.items():
         require(not ids, f"{file} has annotations of {what} {[*ids][:1]}, which it does not list")
     require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
-    say_left_out(sorted({*there} - {*names.values()}), f"images in {folder} are not in {file}")
+    warn(folder, f"images that are not in {file} left out", sorted({*there} - {*names.values()}))
     objects = {image: [] for image in names if split == "val" or image in annotated}
     require(objects, f"{file} has no annotation of any image")
     wrong = []
@@ -298,7 +292,7 @@ def load_coco(root: Path, split: str) -> COCODetection:
         if split == "val" or (min(inside) >= 1 and not crowd):
             one = label_of[x["category_id"]], x["bbox"], x["segmentation"], crowd
             objects[x["image_id"]].append(one)
-    say_left_out(wrong, f"objects in {file} have no box or segmentation that can be drawn")
+    warn(file, "objects without a box or segmentation that can be drawn left out", wrong)
     items = [json.dumps((k, *sizes[k], v)).encode() for k, v in objects.items()]
     return COCODetection(
         file_names([names[image] for image in objects]),

@@ -22,11 +22,11 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images
+from common.data import SMALL, ImageSet, batches, file_names, files_in, normalise_images, warn
 from common.distributed import autocast, gather, say
 from mirl import Config, ViT, at_least_float32, require
 from tasks.classification import GREY, Classification, wanted_images
-from tasks.dense import Pyramid, data_folder, read_sized, resize_maps, say_left_out, target_of
+from tasks.dense import Pyramid, data_folder, read_sized, resize_maps, target_of
 
 IGNORED = 255  # the label of pixels that count for nothing
 
@@ -165,7 +165,7 @@ def load_ade20k(root: Path, split: str) -> ADE20K:
     images, maps = root / "images" / part, root / "annotations" / part
     image_of: dict[str, str] = {}
     twins = [x for x in files_in(images) if image_of.setdefault(os.path.splitext(x)[0], x) != x]
-    say_left_out(twins, f"files in {images} have the name of another one but for its ending")
+    warn(images, "files with the name of another one but for its ending left out", twins)
     stems = {name.removesuffix(".png") for name in files_in(maps, (".png",))}
     require(image_of, f"--data {root}: {images} holds no images")
     lone = sorted(image_of.keys() - stems)

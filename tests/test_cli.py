@@ -102,7 +102,7 @@ def test_which_device(monkeypatch):
     here.current_accelerator.return_value = torch.device("mps")  # of which there is one
     assert distributed.pick_device("auto") == distributed.pick_device("cpu") == CPU
     for flag in ("cuda:1", "mps"):
-        with pytest.raises(UserError, match=f"--device {flag} is for one process"):
+        with pytest.raises(UserError, match=f"--device {flag}: .* without torchrun cuda:N"):
             distributed.pick_device(flag)
 
 

@@ -138,8 +138,8 @@ def test_an_object_that_cannot_be_drawn_costs_no_image(tmp_path, capsys, wrong):
     root = coco(tmp_path / "a", lambda c: c["annotations"][0].update(wrong))
     train, val = (load_coco(root, split) for split in ("train", "val"))
     assert train.read(0)[1]["labels"].tolist() == [1] and len(train.read(1)[1]["labels"]) == 1
-    told = "warning: 1 objects in {}/annotations/instances_{}2017.json have no box or segmentation "
-    told += "that can be drawn, the first of 000000000139.jpg: left out"
+    told = "warning: {}/annotations/instances_{}2017.json: objects without a box or segmentation "
+    told += "that can be drawn left out: 1, the first is of 000000000139.jpg"
     said = capsys.readouterr().out.splitlines()
     assert said == [told.format(root, split) for split in ("train", "val")]
     assert 0 <= coco_scores([(i, []) for i in (139, 285, 724)], val)["mask_ap"] < 1

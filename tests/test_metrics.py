@@ -74,7 +74,7 @@ def test_a_log_tells_means_speed_and_waiting(tmp_path, clock, capsys):
     for _ in range(2):
         train(log, clock)
         clock(7)  # an evaluation
-        log.end_epoch(top1=50.0)
+        log.end_epoch(log.trained(nn.Linear(1, 1)), top1=50.0)
     steps, epochs = metrics(tmp_path / "run", "step"), metrics(tmp_path / "run", "epoch")
     # five steps an epoch: the count goes on, and an epoch's last step is logged
     assert [m["step"] for m in steps] == [2, 4, 5, 6, 8, 10]
@@ -116,7 +116,7 @@ def test_only_the_main_process_writes(tmp_path, clock, monkeypatch, capsys):
         monkeypatch.setattr(module, "RANK", 1)
     log = new_log(tmp_path / "run")
     train(log, clock)
-    log.end_epoch()
+    log.end_epoch(log.trained(nn.Linear(1, 1)))
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 

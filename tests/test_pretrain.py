@@ -341,8 +341,8 @@ def die_in_the_second_epoch(moment, *flags):
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-    def log(self, end_epoch=common.metrics.MetricLogger.end_epoch, **record):
-        end_epoch(self, **record)
+    def log(self, trained, end_epoch=common.metrics.MetricLogger.end_epoch, **record):
+        end_epoch(self, trained, **record)
         if self.epoch == 2:
             die()
 
@@ -416,7 +416,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         assert pretrain(*flags) == 1
     error = capsys.readouterr().err
     assert "a loss up to step 8 (epoch 2) is not finite" in error and error.count("\n") == 1
-    assert f"{tmp_path}/run/checkpoint.pt holds the last complete epoch" in error
+    assert f"; {tmp_path}/run is complete up to epoch 1, where --resume goes on;" in error
     assert load_file(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
@@ -431,7 +431,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
     assert pretrain("--out", tmp_path / "run", "--batch-size", 32) == 1
     error = capsys.readouterr().err
-    assert "a weight after step 1 (epoch 1) is not finite; no epoch was complete" in error
+    assert "a weight after step 1 (epoch 1) is not finite; " in error and "to epoch 0, w" in error
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -63,9 +63,8 @@ def test_a_photo_lies_as_its_labels_do_and_two_of_one_name_are_one(tmp_path, cap
         image.save(images / "ADE_train_00000002.png")
     data = load_ade20k(tmp_path, "train")
     assert len(data) == 3 and data.read(1)[0].shape == (3, 30, 40)
-    told = "warning: 1 files in {} have the name of another one but for its ending, the first {}"
-    told = told.format(images, "ADE_train_00000002.png: left out\n")
-    assert capsys.readouterr().out == told
+    told = "files with the name of another one but for its ending left out: 1, the first is ADE_tra"
+    assert f"warning: {images}: {told}in_00000002.png\n" == capsys.readouterr().out
     for size, read in (((1280, 40), True), ((1281, 40), False), ((1, 40), False)):
         Image.new("RGB", size).save(images / "ADE_train_00000001.jpg")
         Image.new("L", size).save(file)
