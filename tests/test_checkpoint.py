@@ -43,12 +43,11 @@ def assert_equal(model, state, but=()):
 
 
 def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    """Moved into place, not copied: who has the old file open keeps it, whole."""
     path, synced, fsync = tmp_path / "file.pt", [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(path.exists()) or fsync(file))
     checkpoint.save(path, lambda p: p.write_bytes(b"first"))
     assert synced == [False]  # it is on the disk before it has its name
-    with open(path, "rb") as reader:
+    with open(path, "rb") as reader:  # who has the old file open keeps it, whole
         checkpoint.save(path, lambda p: p.write_bytes(b"a second one"))
         assert reader.read() == b"first" and path.read_bytes() == b"a second one"
 
@@ -146,16 +145,11 @@ def test_what_makes_a_run_and_what_may_change():
     assert identity.keys() == args.keys() - {*may.split()} | config | {*more.split()}
 
 
-def test_a_resume_of_what_it_is_not(tmp_path, capsys):
-    here, path = str(tmp_path), tmp_path / "checkpoint.pt"
-    assert checkpoint.resume(here, parts(), dict(epochs=3)) == {}
-    saved, more = parts(), dict(identity=dict(epochs=3, lr=0.1), epoch=2, history=[], written=7)
-    checkpoint.save_checkpoint(here, saved, **more)
-    new = parts()
-    found = checkpoint.resume(here, new, dict(epochs=3, lr=0.1, a_newer_flag=1))
-    assert {k: found[k] for k in more} == more
-    assert torch.equal(new["model"].weight, saved["model"].weight)
-    assert f"resuming {path} after epoch 2 of 3" in capsys.readouterr().out
+def test_a_resume_of_what_it_is_not(tmp_path):
+    here, path, flags = str(tmp_path), tmp_path / "checkpoint.pt", dict(epochs=3, lr=0.1)
+    assert checkpoint.resume(here, parts(), flags) == {}
+    checkpoint.save_checkpoint(here, parts(), identity=flags, epoch=2)
+    assert checkpoint.resume(here, parts(), flags | dict(a_newer_flag=1))["epoch"] == 2
     other = "has other epochs 3 -> 5, lr 0.1 -> None; give what it began with, or another --out"
     refused(checkpoint.resume, here, parts(), dict(epochs=5), message=other)
     whole, damaged = load_file(path), "--resume: .* is damaged or no checkpoint of this sc"
@@ -164,18 +158,17 @@ def test_a_resume_of_what_it_is_not(tmp_path, capsys):
         (whole | dict(optimizer=dict(state={}, param_groups=[])), parts(), damaged),
         ({k: v for k, v in whole.items() if k != "epoch"}, parts(), damaged),
         (whole | dict(model=3), parts(), damaged),
+        (whole | dict(identity=3), parts(), damaged),
         (whole, dict(model=nn.Linear(3, 2)), damaged),
         (whole, dict(average=nn.Linear(2, 2)), damaged),
         ([1], parts(), "holds a list"),
     ):
         torch.save(wrong, path)
-        refused(checkpoint.resume, here, into, more["identity"], message=message)
-    path.write_bytes(b"torn")
-    refused(checkpoint.resume, here, parts(), more["identity"], message="can be read safely")
+        refused(checkpoint.resume, here, into, flags, message=message)
 
 
 def test_encoders_of_every_origin(tmp_path, capsys):
-    """Ours, and as MAE publishes them: under "model", with a decoder and positions, no head."""
+    """Ours, and as MAE publishes them."""
     ours = perturbed(mirl.build_mirl("vit_nano"))
     state = ours.encoder.state_dict()
     mae = state | {"mask_token": torch.zeros(8), "decoder_blocks.0.norm1.weight": torch.ones(8)}
@@ -275,14 +268,13 @@ def test_truncated_encoders(tmp_path, capsys):
 def test_files_that_fit_no_encoder(tmp_path):
     state, other = vit().state_dict(), {"model": {"vit.cls_token": torch.ones(2)}}
     not_finite = state | {"cls_token": torch.full((1, 1, 96), torch.nan)}
+    torn = {k: x for k, x in state.items() if k != "blocks.5.norm1.bias"}
     for wrong, message in (
         ({}, "a.pth holds no weights of a ViT under timm's names, .* but no tensors"),
         (other, "of a ViT .* but model.vit.cls_token"),
-        (
-            vit("vit_ti").state_dict(),
-            r"--from \S+a.pth does not fit the model: cls_token is \(1, 1",
-        ),
+        (vit("vit_ti").state_dict(), r"--from \S+ does not fit the model: cls_token is \(1, 1, 1"),
         (not_finite, r"the model: cls_token holds NaN or infinity 96 times$"),
+        (torn, "blocks.5.norm1.bias is missing in it"),
         (state | {"gate": torch.ones(2)}, r"gate is \(2,\) in it, missing in the mod"),
     ):
         path = stored(tmp_path / "a.pth", wrong)
@@ -298,29 +290,22 @@ def test_our_checkpoints_become_models_again(tmp_path):
     saved["config"] = dataclasses.asdict(config)
     loaded = load_mirl(stored(path, saved), mask_ratio=0.5)
     assert loaded.config == dataclasses.replace(config, mask_ratio=0.5)
-    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
-    model.config = loaded.config
-    with torch.no_grad():
-        expected = mirl.MIRL.forward(model, images, noise).loss
-        torch.testing.assert_close(loaded(images, noise).loss, expected)
+    assert_equal(loaded, model.state_dict())
     save_model(path, model.encoder)
     refused(load_mirl, path, message=r"a.pt holds no decoders: give a checkpoint.pt")
     del saved["model"]["decoders.1.norm.bias"]
-    message = r"decoders.1.norm.bias is missing in it, \(64,\) in the m"
-    refused(load_mirl, stored(path, saved), message=message)
+    refused(load_mirl, stored(path, saved), message=r"decoders.1.norm.bias is missing in it")
 
 
 def test_classifiers_that_are_refused():
     state = vit(num_classes=10).state_dict()
     headless = {k: v for k, v in state.items() if not k.startswith("head")}
     gated = state | {"blocks.0.ls1.gamma": torch.ones(96)}
-    unfit = r"--from a \(is it --model vit_nano\?\) does not .*: blocks.0.ls1.gamma is \(96,\) in"
-    other = r"--from a \(is it --model vit_ti\?\) does not fit the model: cls_token is \(1, 1, 96\)"
     for weights, name, message in (
-        (state, "vit_ti", other),
+        (state, "vit_ti", r"\(is it --model vit_ti\?\) does not fit the model: cls_token is"),
         (state, "vit_x", "there is no model 'vit_x'"),
         (headless, "vit_nano", "--from a is no fine-tuned model: it has no head"),
-        (gated, "vit_nano", unfit),
+        (gated, "vit_nano", "--from a .* does not fit the model: blocks.0.ls1.gamma"),
         ({"head.weight": torch.ones(2)}, "vit_nano", "a holds no weights of a ViT"),
     ):
         refused(load_classifier, weights, name, "a", message=message)

@@ -98,11 +98,8 @@ PRETRAINED = {
 
 def test_a_mix_of_devices_is_seen(fake):
     model = on_cuda(mirl.build_vit("vit_nano", **TINY), fake)
-    with fake:
-        with pytest.raises(RuntimeError, match="device"):
-            torch.ones(2, device=CUDA) + torch.ones(2)
-        with pytest.raises(RuntimeError, match="device"):
-            model(some_images("cpu"))
+    with fake, pytest.raises(RuntimeError, match="device"):
+        model(some_images("cpu"))
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
@@ -163,7 +160,8 @@ def test_there_are_no_graph_breaks(name):
         pytest.skip("this version of torch breaks at tuples with names")
     torch._dynamo.reset()
     images = some_images("cpu", size=64 if name == "upernet" else 32)
-    torch.compile(COMPILED[name](), backend="eager", fullgraph=True)(images)  # raises at a break
+    with torch.autocast("cpu", torch.bfloat16, enabled=name in PRETRAINED):
+        torch.compile(COMPILED[name](), backend="eager", fullgraph=True)(images)  # or it raises
 
 
 def test_the_command_runs_in_small(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from conftest import MAE, SMALL, refused
 
 import mirl
-from mirl import MODELS, UserError, build_mae, build_mirl, build_vit
+from mirl import MODELS, build_mirl, build_vit
 
 
 def tiny(**overrides) -> mirl.MIRL:
@@ -70,22 +71,11 @@ def test_segments_end_where_the_paper_cuts():
     assert [len(run) for run in build_mirl("vit_pico_12", depth=9).segments()] == [3, 2, 2, 2]
 
 
-def test_encoder_keys_are_those_of_timm():
-    in_block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    layers = ["patch_embed.proj", *(f"blocks.{k}.{layer}" for k in range(6) for layer in in_block)]
-    ends = dict(none=["norm"], cls=["norm", "head"], mean=["fc_norm", "head"])
-    for pool, end in ends.items():
-        expected = {f"{layer}.{kind}" for layer in layers + end for kind in ("weight", "bias")}
-        keys = build_vit("vit_nano", pool=pool).state_dict().keys()
-        assert keys == expected | {"cls_token", "pos_embed"}
-
-
 def test_patchify_orders_row_column_channel():
     x = images()
     patches = mirl.patchify(x, 4)
     for b in range(3):
         assert torch.equal(patches[b], torch.stack([patch(x[b], place) for place in range(15)]))
-    assert patches[1, 1 * 5 + 3, (2 * 4 + 1) * 2 + 1] == x[1, 1, 1 * 4 + 2, 3 * 4 + 1]
     assert torch.equal(mirl.unpatchify(patches, 4, (3, 5)), x)
 
 
@@ -118,28 +108,23 @@ def test_resizing_positions():
 def test_masking_keeps_the_patches_with_the_smallest_noise():
     u = noise(50)
     visible, masked = mirl.random_masking(u, 0.75)
-    assert visible.shape == (50, 3) and masked.shape == (50, 12)
-    assert visible.dtype == masked.dtype == torch.int64
     for b in range(50):
-        smallest = sorted(range(15), key=lambda i: u[b, i].item())[:3]
-        assert visible[b].tolist() == smallest
-        assert set(masked[b].tolist()) == set(range(15)) - set(smallest)
+        by_noise = sorted(range(15), key=lambda i: u[b, i].item())
+        assert visible[b].tolist() == by_noise[:3] and {*masked[b].tolist()} == {*by_noise[3:]}
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_attention_in_loops(dtype, error):
+def test_attention_in_bfloat16_in_loops():
     """Three heads of width 4; scores so large that bad softmaxes would show."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (3 * torch.randn(2, n, 12, generator=generator).to(dtype) for n in (5, 7, 7))
+    q, k, v = (3 * torch.randn(2, n, 12).bfloat16() for n in (5, 7, 7))
     out = mirl.multi_head_attention(q, k, v, heads=3)
-    assert (out.shape, out.dtype) == ((2, 5, 12), dtype)
+    assert (out.shape, out.dtype) == ((2, 5, 12), torch.bfloat16)
     for b, head, n in itertools.product(range(2), range(3), range(5)):
         mine = slice(4 * head, 4 * head + 4)
         query, keys, values = q[b, n, mine].tolist(), k[b, :, mine].tolist(), v[b, :, mine].double()
         scores = [sum(x * y for x, y in zip(query, key, strict=True)) / 2 for key in keys]
         weights = [math.exp(score - max(scores)) for score in scores]
         mean = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
-        assert (out[b, n, mine].double() - mean).abs().max() < error * values.abs().max()
+        assert (out[b, n, mine].double() - mean).abs().max() < 0.02 * values.abs().max()
 
 
 def test_a_decoder_block_is_torchs_on_a_normed_memory():
@@ -188,41 +173,26 @@ def test_the_loss_in_loops():
         losses.append(total / (3 * 12))
     assert out.losses.tolist() == pytest.approx(losses, abs=1e-12)
     assert out.loss.item() == pytest.approx(sum(losses) / 2, abs=1e-12)
-    in_order = [*out.main, *out.residual[::-1]]
-    assert all(a is b for a, b in zip(in_order, predictions, strict=True))
     close(out.reconstruction[1], predictions[1] + predictions[2])
 
 
 @pytest.mark.parametrize("options", [{}, dict(decoder_depth=2), MAE | dict(decoder_depth=2)])
 def test_decoding_the_masked_patches_alone_equals_decoding_all(options):
-    """Every block over all the tokens, and a loss with a mask: the same loss and gradients."""
-    model, x = tiny(**options).double(), images().double()
+    model = tiny(**options).double()
     inputs, predictions = record(model)
-    out = model(x, noise())
+    model(images().double(), noise())
     each, (_, _, visible, masked) = torch.arange(3)[:, None], inputs[0]
-    full = []
     for decoder, (e, y, *_), prediction in zip(model.decoders, inputs, predictions, strict=True):
         tokens = decoder.mask_token.repeat(3, 1 + 15, 1)
         tokens[:, 0], tokens[each, 1 + visible] = e[:, 0], e[:, 1:]
         tokens = tokens + decoder.pos_embed
         for block in decoder.blocks:
             tokens = block(tokens, y)
-        full.append(decoder.head(decoder.norm(tokens))[:, 1:])
-        close(prediction, full[-1][each, masked])
-
-    mask = torch.ones(3, 15).index_put((each, visible), torch.tensor(0.0))
-    target = mirl.normalise_patches(mirl.patchify(x, 4))[0]
-    sums = [full[0] + full[3], full[1] + full[2]] if len(full) == 4 else full
-    losses = [((target - xs).square().mean(2) * mask).sum() / mask.sum() for xs in sums]
-    loss = sum(losses) / len(losses)
-    close(out.loss, loss)
-    gradients = torch.autograd.grad(out.loss, trained(model), retain_graph=True)
-    for got, expected in zip(gradients, torch.autograd.grad(loss, trained(model)), strict=True):
-        close(got, expected)
+        close(prediction, decoder.head(decoder.norm(tokens))[each, 1 + masked])
 
 
 def test_gradient_by_finite_differences():
-    """Along a random direction through all parameters at once: nothing is detached."""
+    """Along a random direction through all parameters at once."""
     model = tiny().double()
     x, u, parameters = images().double(), noise().double(), trained(model)
     model(x, u).loss.backward()
@@ -350,11 +320,10 @@ def test_one_segment_is_mae():
 
 
 def test_mae_of_a_paper_model_has_the_decoder_of_mae():
-    config = mirl.mae_config("vit_s_54", depth=2)
-    assert (config.segments, config.dense, config.weight_norm) == (1, False, False)
-    assert (config.decoder_width, config.decoder_depth, config.decoder_heads) == (512, 8, 16)
-    assert (config.depth, config.width) == (2, 384)
-    assert len(build_mae("vit_ti").decoders[0].blocks) == 4 * MODELS["vit_ti"].decoder_depth
+    expected = dict(depth=2, segments=1, dense=False, weight_norm=False)
+    expected |= dict(decoder_width=512, decoder_depth=8, decoder_heads=16)
+    assert mirl.mae_config("vit_s_54", depth=2) == replace(MODELS["vit_s_54"], **expected)
+    assert mirl.mae_config("vit_ti").decoder_depth == 4 * MODELS["vit_ti"].decoder_depth
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
@@ -390,25 +359,16 @@ def test_initial_weights():
     assert vit.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 7), reason="breaks at tuples with names")
-def test_torch_compile_meets_no_graph_break():
-    config = mirl.model_config("vit_nano", **(SMALL | dict(depth=2)))
-    model = mirl.ExtendedMIRL(config, mirl.Objectives(omega=0.1, feature=0.1))  # with a ViT in it
-    compiled = torch.compile(model, backend="eager", fullgraph=True)  # raises at a break
-    with torch.autocast("cpu", torch.bfloat16):
-        assert compiled(torch.randn(2, 3, 32, 32)).loss.isfinite()
-
-
 def test_panels():
-    """A perfect prediction gives the image back. What the residual adds to every masked patch alike
-    is shown in the main component instead, and their sum stays."""
+    """What the residual adds to all masked patches alike is shown in the main component instead."""
     x = torch.rand(2, 3, 12, 20) * 0.2 - 0.1
     result = tiny(channels=3, segments=2)(x, noise(2))
     target, _, _ = result.target
     residual = 0.3 * torch.randn_like(target) + torch.linspace(-1, 1, 48)
-    out = result._replace(main=(target - residual,), residual=(residual,))
+    other = torch.zeros_like(target)
+    out = result._replace(main=(other, target - residual), residual=(other, residual))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mirl.IMAGENET_MEAN, mirl.IMAGENET_STD))
-    truth, masked, reconstruction, shown, main = mirl.panels(x, out, 4).unbind(1)
+    truth, masked, reconstruction, shown, main = mirl.panels(x, out, 4, pair=2).unbind(1)
     torch.testing.assert_close(truth, x * std + mean)
     torch.testing.assert_close(reconstruction, truth)
     torch.testing.assert_close(main + (shown - 0.5), truth)
@@ -428,15 +388,9 @@ def test_panels():
 
     without = result._replace(main=(target,), residual=())
     torch.testing.assert_close(mirl.panels(x, without, 4)[:, 4], truth)
-    refused(mirl.panels, x, out, 4, pair=2, message="no pair 2")
-
-
-def test_panels_of_other_channels_are_taken_as_they_are():
-    x = images().sigmoid()
-    out = tiny()(x, noise())
-    truth, masked = mirl.panels(x, out, 4, pair=2)[:, :2].unbind(1)
-    assert torch.equal(truth, x)
-    assert (masked == x).float().mean() == pytest.approx(3 / 15, abs=0.01)
+    refused(mirl.panels, x, out, 4, pair=3, message="no pair 3")
+    x = images().sigmoid()  # of two channels, which are taken as they are
+    assert torch.equal(mirl.panels(x, tiny()(x, noise()), 4)[:, 0], x)
 
 
 @pytest.mark.parametrize(
@@ -460,12 +414,10 @@ def test_panels_of_other_channels_are_taken_as_they_are():
 )  # fmt: skip
 def test_impossible_configurations_are_refused_in_one_sentence(name, overrides, message):
     """Others are in test_refusals.py."""
-    with pytest.raises(UserError, match=message) as error:
-        build_mirl(name, **overrides)
-    assert "\n" not in str(error.value)
+    assert "\n" not in refused(build_mirl, name, **overrides, message=message)
 
 
 def test_images_of_another_shape_are_refused():
+    message = r"\(batch, 2, 12, 20\), not \(3, 2, 20, 12\)"
     for model in (tiny(), tiny().encoder):
-        with pytest.raises(UserError, match=r"\(batch, 2, 12, 20\), not \(3, 2, 20, 12\)"):
-            model(images().transpose(2, 3))
+        refused(model, images().transpose(2, 3), message=message)
