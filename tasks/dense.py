@@ -195,7 +195,8 @@ def overlay(
     if not len(masks):
         return image
     colors = [PALETTE[k % len(PALETTE)] for k in kinds]
-    image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
+    apart = masks & (masks.cumsum(dim=0) == 1)  # else torchvision blackens what several cover
+    image = draw_segmentation_masks(image, apart, alpha=0.5, colors=colors)
     if boxes is None:
         rows = masks.sum(dim=2).argmax(dim=1)
         columns = [mask[y].nonzero()[mask[y].sum() // 2] for mask, y in zip(masks, rows)]
@@ -215,7 +216,8 @@ def write(image: Tensor, names: Sequence[str], places: Sequence[tuple[float, flo
     for name, place in zip(names, places, strict=True):
         half = font.getlength(name) / 2 + GAP, 0.65 * font.size
         x, y = (min(max(p, m), side - m) for p, m, side in zip(place, half, picture.size))
-        draw.text((x, y), name, "white", font, "mm", stroke_width=1, stroke_fill="black")
+        outline = math.ceil(font.size / 16)
+        draw.text((x, y), name, "white", font, "mm", stroke_width=outline, stroke_fill="black")
     return TF.pil_to_tensor(picture)
 
 

@@ -301,8 +301,9 @@ def test_an_overlay_shows_what_was_found():
     masks = torch.zeros(3, 64, 64, dtype=torch.bool)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int()):
         mask[top:bottom, left:right] = True
-    found = image, masks, [1, 17, 2], ["a", "b", "c"]
-    drawn, plain = dense.overlay(*found, boxes), dense.overlay(*found)
+    drawn = dense.overlay(image, masks, [1, 17, 2], ["a", "b", "c"], boxes)
+    twice = torch.cat([masks, masks[2:]])  # the first of two in one place is seen
+    plain = dense.overlay(image, twice, [1, 17, 2, 3], ["a", "b", "c", "c"])
     assert drawn.shape == (3, 512, 512) and drawn.dtype == torch.uint8
     for mask, box, colour in zip(masks, boxes, ("e6194b", "e6194b", "3cb44b"), strict=True):
         colour = torch.tensor([*bytes.fromhex(colour)])
