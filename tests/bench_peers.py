@@ -12,6 +12,8 @@ precision and optimiser, starts at random and takes its turn. Sizes agree but fo
 - pretrain: MIRL and our MAE (with --method mae that alone) beside ViTMAEForPreTraining of
   transformers and `TimmMAE`. Both of theirs compute visible patches in the decoder's last block,
   for the same predictions; transformers embeds the masked ones too.
+
+On 2 cores, inference and MAE's steps are level with timm's, torchvision's and transformers'.
 """
 
 import argparse

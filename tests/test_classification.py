@@ -1,12 +1,12 @@
-"""Classification: RandAug, crops, mixing and the loss, labelled images, evaluation."""
+"""Classification: RandAug, crops, mixing and the loss, which images count.
 
-import copy
+The loop around it, its evaluation, and the crops of small images are in test_finetune.py."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 from conftest import CPU, image_folder, make_shapes, metrics, write_images
 from PIL import Image, ImageEnhance, ImageOps
 from test_finetune import TINY, finetune, vit
@@ -15,8 +15,6 @@ from torchvision.transforms.v2 import functional as TF
 
 import mirl
 import train_finetune
-from common.data import ImageSet, normalise_images
-from common.shapes import CLASSES
 from tasks import classification
 from tasks.classification import AUGMENTATIONS, Classification, RandAugment, finetune_transform
 
@@ -55,23 +53,20 @@ NO_STRENGTH = ("autocontrast", "equalize", "invert")
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_every_operation_grows_with_its_strength_at_every_size(name, monkeypatch):
-    torch.manual_seed(0)
+def test_every_operation_grows_with_its_strength_and_takes_every_size(name, monkeypatch):
     monkeypatch.setattr(classification, "random_sign", lambda strength: strength)
-    for hw in ((1, 1), (33, 17), (20, 1), (32, 32)):
-        image = torch.randint(256, (3, *hw), dtype=torch.uint8)
-        for strength in (0.0, 0.05, 0.5, 0.999, 1.0):
-            out = AUGMENTATIONS[name](image, strength)
-            assert out.dtype == torch.uint8 and out.shape == image.shape
-            if not strength and name not in (*NO_STRENGTH, "posterize"):  # which leaves 4 bits
-                assert torch.equal(out, image)
     image = make_shapes(33, 0)[0][0]
-    out = [AUGMENTATIONS[name](image, strength).float() for strength in (0.3, 0.9)]
-    weak, strong = ((x - image).abs().mean() for x in out)
-    assert strong == weak > 0 if name in NO_STRENGTH else strong > weak > 0
+    strengths = (AUGMENTATIONS[name](image, s) for s in (0.0, 0.3, 0.9))
+    none, weak, strong = ((x.float() - image).abs().mean() for x in strengths)
+    assert (none == 0) == (name not in (*NO_STRENGTH, "posterize"))  # which leaves 4 bits
+    assert weak == strong > 0 if name in NO_STRENGTH else none < weak < strong
+    for hw in ((1, 1), (33, 17), (20, 1)):
+        image = torch.randint(256, (3, *hw), dtype=torch.uint8)
+        out = AUGMENTATIONS[name](image, 1.0)
+        assert out.dtype == torch.uint8 and out.shape == image.shape
 
 
-@pytest.mark.parametrize("strength", [-1, -0.999, -0.5, -0.05, 0, 0.05, 0.5, 0.999, 1])
+@pytest.mark.parametrize("strength", [-1, -0.5, 0, 0.05, 0.5, 0.999, 1])
 def test_operations_against_those_of_pil(monkeypatch, strength):
     torch.manual_seed(0)
     s = abs(strength)
@@ -79,6 +74,7 @@ def test_operations_against_those_of_pil(monkeypatch, strength):
     pil = {name: getattr(ImageOps, name) for name in NO_STRENGTH} | dict(
         posterize=lambda x: ImageOps.posterize(x, max(1, 4 - int(4 * s))),
         solarize=lambda x: ImageOps.solarize(x, 256 - int(256 * s)),
+        solarize_add=lambda x: x.point([v + int(110 * s) * (v < 128) for v in range(256)] * 3),
     )
     for name in ("Color", "Contrast", "Brightness", "Sharpness"):
         enhance = getattr(ImageEnhance, name)
@@ -99,19 +95,6 @@ def test_what_is_moved_leaves_grey():
         out = AUGMENTATIONS[name](white, 0.5)
         assert (out.movedim(0, 2) == torch.tensor([124, 116, 104])).all(dim=2).sum() == count
         assert (out == 255).sum() == 3 * (41 * 20 - count)
-
-
-def test_small_images_are_padded_and_cropped():
-    """A 32-pixel image keeps its scale: each row of a crop is a row of the image, or padding."""
-    torch.manual_seed(0)
-    image, small = torch.arange(0, 256, 8)[:, None].byte(), finetune_transform((32, 32), 0)
-    tops = set()
-    for _ in range(50):
-        values = small(image.expand(3, 32, 32))[0, :, 16].int() / 8
-        step = values.diff()[(values[1:] > 0) & (values[:-1] > 0)]
-        assert (step == 1).all()
-        tops.add(values[values > 0][0].item() - (values > 0).int().argmax().item())
-    assert tops == set(range(-4, 5))
 
 
 def noise(h, w):
@@ -156,21 +139,20 @@ def test_mixed_targets_with_smoothing_by_hand():
     """λ·one-hot of the image + (1 − λ)·one-hot of its neighbour, then 0.2 spread over all."""
     torch.manual_seed(0)
     images, labels, logits = torch.rand(3, 3, 8, 8), torch.tensor([0, 2, 3]), torch.randn(3, 4)
-    mixed = []
+    given = []
     one = task("--mixup", 0.8, "--label-smoothing", 0.2)
     one.model(None, 4, None)
-    loss = one.losses(lambda x: mixed.append(x) or logits, images, labels)["loss"]
-    [mixed], rolled = mixed, images.roll(1, 0)
+    loss = one.losses(lambda x: given.append(x) or logits, images, labels)["loss"]
+    [mixed], rolled = given, images.roll(1, 0)
     lam = ((mixed - rolled) / (images - rolled)).median().item()
     assert 0.01 < lam < 0.99
     torch.testing.assert_close(mixed, lam * images + (1 - lam) * rolled)
-    by_hand = 0.0
+    targets = torch.zeros(3, 4)
     for i in range(3):
-        for c in range(4):
-            target = lam * (labels[i] == c) + (1 - lam) * (labels[i - 1] == c)
-            target = 0.8 * target + 0.2 / 4
-            by_hand -= target * (logits[i, c] - logits[i].exp().sum().log()) / 3
-    torch.testing.assert_close(loss, by_hand)
+        targets[i, labels[i]] += lam
+        targets[i, labels[i - 1]] += 1 - lam
+    logs = logits - logits.exp().sum(dim=1, keepdim=True).log()
+    torch.testing.assert_close(loss, -((0.8 * targets + 0.2 / 4) * logs).sum() / 3)
 
 
 def test_mixing_alternates_between_mixup_and_cutmix():
@@ -194,38 +176,13 @@ def test_erasing_puts_a_box_of_noise_into_each_image():
 
 def test_a_step_reads_nothing_from_the_device():
     """Tensors of the meta device have no values: whatever would wait for a GPU fails there."""
-    torch.manual_seed(0)
     one = task("--erasing", 0.5, "--mixup", 0.8, "--cutmix", 1)
-    model = one.model(vit(num_classes=16, drop_path=0.1), 16, None).to("meta")
-    average = copy.deepcopy(model)
-    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="meta")
+    model = one.model(vit(num_classes=16), 16, None).to("meta")
+    images = torch.zeros(4, 3, 32, 32, device="meta")
     labels = torch.zeros(4, dtype=torch.int64, device="meta")
     for _ in range(6):  # mixup and cutmix both
-        one.losses(model, normalise_images(images), labels)["loss"].backward()
-        mirl.update_ema(average, model, 0.99)
-    sums = classification.score(model(normalise_images(images)), labels)
-    with pytest.raises(RuntimeError):
-        sums.sum().item()
-
-
-def test_evaluation_against_a_plain_count(monkeypatch):
-    """Of 33 images, 32 with a label, in batches of 10."""
-    images, labels = make_shapes(33, 0)
-    labels = labels.index_fill(0, torch.tensor(5), -1)
-    one, models = task(), [vit(num_classes=16).train(), vit(num_classes=16, depth=2)]
-    for model in models:
-        nn.init.normal_(model.head.weight)
-    monkeypatch.setattr(train_finetune, "device_limit", lambda config: 10)
-    loader = train_finetune.in_order(one, ImageSet(images, labels, CLASSES), models[0].config)
-    truth = labels[labels >= 0]
-    for model, scores in zip(models, one.evaluate(models, loader), strict=True):
-        assert not model.training
-        with torch.no_grad():
-            logits = model(normalise_images(images))[labels >= 0]
-        ranks = (logits > logits[range(32), truth][:, None]).sum(1)
-        expected = {f"top{k}": 100 * (ranks < k).sum().item() / 32 for k in (1, 5)}
-        expected["val_loss"] = -logits.log_softmax(dim=1)[range(32), truth].mean().item()
-        assert scores == pytest.approx(expected | dict(val_images=32), rel=1e-5)
+        one.losses(model, images, labels)["loss"].backward()
+    classification.score(model(images), labels)
 
 
 def test_what_cannot_be_read_does_not_count_in_an_evaluation(tmp_path, capsys):

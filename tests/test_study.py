@@ -1,5 +1,4 @@
-"""The depth study: its cells are what they are called, its table is what the results say; and the
-figures of any run."""
+"""The depth study: its cells, its table, its figures; and assets/plot.py's of any run."""
 
 import argparse
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, image_folder
+from conftest import ROOT, image_folder, metrics
 
 import train_finetune
 import train_pretrain
@@ -39,9 +38,9 @@ def test_every_cell_is_what_it_is_called(size):
         flags = {name: c[1:] for name, c in study.commands(cell, arguments(size)).items()}
         finetune = train_finetune.parse(flags["finetune"])
         assert finetune.seed == cell.seed and not finetune.ema_decay
-        assert ("linear" in flags) == ("blocks" in flags) == (not cell.truncated)
         if cell.method == "scratch":
-            assert "pretrain" not in flags and finetune.from_ == "scratch"
+            assert "pretrain" not in flags
+            assert (finetune.from_, finetune.layer_decay) == ("scratch", 1)
             continue
         args = train_pretrain.parse(flags["pretrain"])
         with torch.device("meta"):
@@ -50,73 +49,52 @@ def test_every_cell_is_what_it_is_called(size):
         assert args.epochs == dict(cpu=3, long=10, gpu=50)[size]
         assert finetune.from_ == f"{args.out}/encoder.pt"
         assert config.depth == cell.depth - 6 * cell.truncated
-        assert (config.segments > 1) == (cell.method != "mae")
-        assert config.dense == (cell.method == "mirl")
+        assert (config.segments > 1, config.dense) == (cell.method != "mae", cell.method == "mirl")
+        assert ("linear" in flags) == ("blocks" in flags) == (not cell.truncated)
         if not cell.truncated:
             probe = train_finetune.parse(flags["linear"])
             assert (probe.protocol, probe.from_) == ("linear", finetune.from_)
-            assert size == "gpu" or probe.train_images == finetune.train_images == 5000
-            for parsed, kind in ((args, 0), (finetune, 1)):  # compared: the method alone differs
-                first = vars(compared.setdefault((cell.depth, cell.seed, kind), parsed))
+            for parsed in (args, finetune, probe):  # of those compared the method alone differs
+                kind = cell.depth, cell.seed, parsed is args, getattr(parsed, "protocol", "")
+                first = vars(compared.setdefault(kind, parsed))
                 differ = {name for name in first if first[name] != vars(parsed)[name]}
                 assert differ <= {"method", "dense", "out", "from_"}
 
 
-def test_table_and_figure_of_known_results(tmp_path):
-    mae = dict(method="mae", loss=0.5, top1=50.0, linear=40.0, knn=30.0)
+def test_table_and_figures_of_known_results(tmp_path):
+    """The seeds as they may end: the second before the first."""
     lines = [
-        mae,
-        mae | dict(loss=0.7, top1=53.0, linear=44.0, blocks=[30.0] * 24),
+        dict(method="mae", seed=1, loss=0.7, top1=53.0, linear=44.0, knn=30.0, blocks=[30.0] * 24),
+        dict(method="mae", loss=0.5, top1=50.0, linear=40.0, knn=30.0),
         dict(method="scratch", top1=41.26, linear=20.0, knn=10.0),
-        dict(method="mirl", truncated=True, loss=0.6, top1=51.0),
+        dict(method="mirl", truncated=True, loss=0.6, top1=51.0, shares=[[0.25, 0.75]]),
     ]
-    lines = [json.dumps(dict(depth=24, truncated=False, seed=0) | line) for line in lines]
-    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [dict(depth=24, truncated=False, seed=0) | line for line in lines]
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert run("--out", tmp_path, "--draw").stdout.splitlines()[2:] == [
         "| 24 | no pre-training |  | 41.3 | 20.0 | 10.0 |",
         # the deviation of two values is their difference over √2
         "| 24 | MAE | 0.600 ± 0.141 | 51.5 ± 2.1 | 42.0 ± 2.8 | 30.0 ± 0.0 |",
         "| 24 | MIRL, 18 blocks | 0.600 | 51.0 |  |  |",
     ]
-    assert (tmp_path / "depth.png").stat().st_size > 5000
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Those that are drawn, by their files' names."""
-    drawn, figure = {}, pytest.importorskip("matplotlib.figure").Figure
-    monkeypatch.setattr(figure, "savefig", lambda self, path, **_: drawn.update({path.name: self}))
-    return drawn
-
-
-def test_the_longer_study_shows_what_residuals_carry(tmp_path, figures):
-    shares = [[0.25, 0.75], [0.5, 0.5], [0.125, 0.0]]  # of pairs 1, 2, 3, by epoch
-    common = dict(method="mirl", depth=48, truncated=False)
-    lines = [  # as they may end: the second seed before the first
-        dict(common, seed=1, shares=shares[::-1], blocks=[1] * 48),
-        dict(common, seed=0, shares=shares, blocks=list(range(48))),
-        dict(common, seed=0, method="mae", blocks=[2] * 48),
-    ]
-    study.draw_long(study.summary(lines), tmp_path / "depth.png")
-    panels = figures["depth.png"].axes
-    drawn = [[(x.get_linestyle(), [*x.get_ydata()]) for x in axes.lines] for axes in panels]
-    assert drawn[0][:3] == [("-", [2] * 48), ("-", list(range(48))), ("--", [1] * 48)]
-    assert drawn[1:] == [[("-", a), ("--", b)] for a, b in zip(shares, shares[::-1])]
+    table = study.summary(lines)
+    assert table["mae", 24, False]["top1"] == [50.0, 53.0]
+    study.draw_long(table, tmp_path / "long.png")
+    assert all((tmp_path / f"{name}.png").exists() for name in ("depth", "lesson", "long"))
 
 
 def test_a_cell_from_end_to_end(tmp_path, monkeypatch):
-    few = "--epochs 1 --warmup-epochs 0 --batch-size 8 --workers 0"
+    few = "--epochs 2 --warmup-epochs 0 --batch-size 8 --workers 0"
     tiny = dict(models={12: "vit_nano"}, pretrain=few, finetune=few, probe="--workers 0")
     monkeypatch.setitem(study.SIZES, "cpu", tiny)
     args = arguments("cpu", image_folder(tmp_path / "data"), tmp_path / "out")
     result = study.run_cell(study.Cell("mirl", 12, False, 7), args, threads=1)
     assert (result["cell"], result["seed"]) == ("mirl-12-seed7", 7)
     assert len(result["blocks"]) == 6 and result["blocks"][-1] == result["knn"]
-    assert 0 < result["loss"] < 10 and 0 <= result["top1"] <= 100 and 0 <= result["linear"] <= 100
-    assert sum(key.endswith("_seconds") for key in result) == 4
-    metrics = (tmp_path / "out" / "mirl-12-seed7" / "pretrain" / "metrics.jsonl").read_text()
-    (epoch,) = (e for e in map(json.loads, metrics.splitlines()) if e["kind"] == "epoch")
-    assert result["shares"] == [[epoch["residual_share_1"]]]  # one pair
+    assert 0 <= result["top1"] <= 100 and 0 <= result["linear"] <= 100
+    epochs = metrics(tmp_path / "out" / "mirl-12-seed7" / "pretrain", "epoch")
+    assert result["loss"] == epochs[1]["loss"]
+    assert result["shares"] == [[epoch["residual_share_1"] for epoch in epochs]]  # one pair
 
 
 FAILURES = {"--draw": "there is no", "--data missing --jobs 2 --device cpu": "no such folder"}
@@ -130,17 +108,22 @@ def test_a_failure_ends_the_study_with_its_reason(tmp_path, flags, said):
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_the_figures_of_runs(tmp_path, monkeypatch, figures, capsys):
+def test_the_figures_of_runs(tmp_path, monkeypatch, capsys):
     """One has logged norms, of 8 blocks, but in its last step; the other is still fine-tuning."""
+    figures, figure = {}, pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(
+        figure, "savefig", lambda self, path, **_: figures.update({path.name: self})
+    )
     norms = {f"grad_{k}": [i + j / 8 for j in range(8)] for i, k in enumerate(plot.KINDS)}
     logged = [dict(step=2, loss=1.5, **norms), dict(step=4, loss=0.5, **norms)]
-    runs = dict(a=[*logged, dict(step=6, loss=0.25)], b=[dict(step=3, loss=2)])
-    configs = dict(a=dict(model="vit_nano", method="mae"), b=dict(model="vit_nano"))
-    for name, steps in runs.items():
+    for name, steps, config in (
+        ("a", [*logged, dict(step=6, loss=0.25)], dict(model="vit_nano", method="mae")),
+        ("b", [dict(step=3, loss=2)], dict(model="vit_nano")),
+    ):
         lines = [json.dumps(dict(kind="step") | step) for step in steps]
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "st')
-        (tmp_path / name / "config.json").write_text(json.dumps(configs[name]))
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot.py", "b", "a"])
     plot.main()
