@@ -44,7 +44,8 @@ def process_group(device_flag: str) -> Iterator[torch.device]:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     yield device
     if dist.is_initialized():  # after an error the others may never come to this
-        dist.barrier()  # gloo can hang where another process is gone already
+        # gloo can hang where another process is gone already, in torch 2.6 after its barrier too
+        (dist.barrier if cuda else dist.monitored_barrier)()
         dist.destroy_process_group()
 
 
