@@ -14,7 +14,7 @@ GAP = 4  # pixels between panels, and around all
 def fitting_font(texts: Sequence[str], width: float) -> ImageFont.FreeTypeFont:
     """PIL's own font, of 1/20 of a width in pixels, at least 18 where each text then fits into it,
     and smaller where one does not."""
-    longest = max(1, *(ImageFont.load_default(100).getlength(text) for text in texts)) / 100
+    longest = max(1, *map(ImageFont.load_default(100).getlength, texts)) / 100
     return ImageFont.load_default(max(1, int(min(width / longest, max(18, width / 20)))))
 
 
