@@ -110,11 +110,6 @@ def wanted_images(data: ImageSet, args: argparse.Namespace, split: str) -> Image
     return data.draw(wanted, args.seed if split == "train" else 0)
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentation
-# ------------------------------------------------------------------------------------------------
-
-
 def random_sign(strength: float) -> float:
     return strength if torch.rand(()) < 0.5 else -strength
 

@@ -177,7 +177,7 @@ def test_a_step_reads_nothing_from_the_device():
 
 def test_what_has_no_label_or_cannot_be_read_does_not_count(tmp_path, capsys):
     folder, out = image_folder(tmp_path / "data"), tmp_path / "run"
-    (folder / "val" / "dog" / "005.png").write_bytes(b"no image")
+    (folder / "val" / "eel" / "010.png").write_bytes(b"no image")  # the last one
     (folder / "train" / "eel" / "007.png").write_bytes(b"no image")
     write_images(folder / "val" / "fox", 2)  # of no class of train/
     assert finetune("--data", folder, "--out", out, "--train-images", 33) == 0

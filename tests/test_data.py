@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -27,16 +28,9 @@ def files(folder):
     return data.load_folder(folder, "train")  # but for the first, which is for validation
 
 
-def loader(images, workers=0, batch=8):
-    """Epochs in two micro-batches each."""
-    sampler = EpochSampler(len(images), batch)
+def loader(images, workers=0):
     augmented = AugmentedImages(images, v2.RandomResizedCrop(32, (0.2, 1.0)))
-    return data.make_loader(augmented, sampler, batch // 2, workers, CPU)
-
-
-def epoch(one, number):
-    one.sampler.set_epoch(number)
-    return list(batches(one, CPU))
+    return data.make_loader(augmented, EpochSampler(len(images), 8), 4, workers, CPU)
 
 
 def test_shapes_are_the_same_every_time():
@@ -113,12 +107,10 @@ def test_what_cannot_be_read_is_none(tmp_path):
 
 
 def test_the_digest_tells_data_sets_apart():
-    def digest(names="ab", labels=(0, 1), classes="xy", root="here"):
-        return ImageSet(file_names([*names]), torch.tensor(labels), list(classes), root).digest()
-
-    assert digest() == digest(root="there")
-    others = {digest(), digest(names="ac"), digest(labels=(0, 0)), digest(classes="xz")}
-    assert len(others) == 4
+    a = ImageSet(file_names(["a", "b"]), torch.tensor([0, 1]), ["x", "y"], "here")
+    b, c = replace(a, images=file_names(["a", "c"])), replace(a, labels=torch.tensor([0, 0]))
+    assert len({x.digest() for x in (a, b, c, replace(a, classes=["x", "z"]))}) == 4
+    assert replace(a, root="there").digest() == a.digest()
     a = ImageSet(*common.shapes.make_shapes(3, 0), [])
     found = {a.select(torch.tensor(order)).digest() for order in ([0, 1], [1, 0], [0, 1])}
     a.images[1, 0, 5, 5] += 1
@@ -243,17 +235,6 @@ def test_processes_share_an_epoch(monkeypatch, processes):
     assert sorted(seen) == list(range(33))
 
 
-def test_images_of_several_sizes(tmp_path):
-    """Targets that are dicts, and stand-ins, are in test_dense.py."""
-    for name, size in (("a.png", (5, 4)), ("b.png", (5, 3))):
-        pictures(size)[0].save(tmp_path / name)
-    images = ImageSet(file_names(["a.png", "b.png"]), torch.tensor([5, 6]), [], str(tmp_path))
-    one = data.make_loader(AugmentedImages(images, v2.Identity()), EpochSampler(2), 2, 0, CPU)
-    [((a, b), labels)] = batches(one, CPU)
-    assert a.shape == (3, 4, 5) and labels.tolist() == [5, 6]
-    torch.testing.assert_close(b, data.normalise_images(images.read(1)))
-
-
 def test_what_worker_processes_do_can_be_sent_to_them(tmp_path):
     """They are not forked on macOS, nor by Python from 3.14 on."""
     dataset = loader(files(write_images(tmp_path))).dataset
@@ -273,7 +254,7 @@ def test_where_nothing_can_be_read(tmp_path):
     one = loader(files(write_images(tmp_path, 9)), workers=1)
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"")
-    refused(epoch, one, 0, message=r"none of the 8 images like .*/\d+.png can be read\s*$")
+    refused(list, batches(one, CPU), message=r"none of the 8 images like .*.png can be read\s*$")
     refused(loader, one.dataset.data, message="none of the 8 images")
 
 
