@@ -86,8 +86,7 @@ def read_image(path: str, upright: bool = False) -> Tensor | None:
     # deprecated from 0.29 on; where it is gone, PIL serves.
     with contextlib.suppress(RuntimeError, AttributeError):
         content = torchvision.io.read_file(path)
-        mode = torchvision.io.ImageReadMode.RGB
-        return torchvision.io.decode_jpeg(content, mode, apply_exif_orientation=upright)
+        return torchvision.io.decode_jpeg(content, "RGB", apply_exif_orientation=upright)
     try:
         with Image.open(path) as image:
             if upright:
@@ -146,8 +145,7 @@ def load_folder(root: Path, split: str) -> ImageSet:
     where it has val/ alone, those of val/. Else its images have no labels, and every fiftieth is
     for validation. Says what it leaves out. Raises UserError where there are none.
     """
-    names = "shapes, cifar10, cifar100 and imagenette"
-    require(root.is_dir(), f"--data {root}: there is no such folder (the names are {names})")
+    require(root.is_dir(), f"--data {root}: there is no such folder, nor such a name in --help")
     here = folders_in(root)
     train = "train" if "train" in here else ""
     val = next((name for name in ("val", "valid", "validation") if name in here), "")

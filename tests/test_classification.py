@@ -180,6 +180,7 @@ def test_what_has_no_label_or_cannot_be_read_does_not_count(tmp_path, capsys):
     (folder / "val" / "eel" / "010.png").write_bytes(b"no image")  # the last one
     (folder / "train" / "eel" / "007.png").write_bytes(b"no image")
     write_images(folder / "val" / "fox", 2)  # of no class of train/
+    write_images(folder / "train", 1)
     assert finetune("--data", folder, "--out", out, "--train-images", 33) == 0
     assert [m["raw_val_images"] for m in metrics(out, "epoch")] == [32, 32]
     assert metrics(out, "epoch")[-1]["corrupt_files"] == 2
