@@ -59,25 +59,18 @@ def test_every_kind_of_file_is_read_as_pil_reads_it(tmp_path):
         assert (got.int() - expected.int()).abs().max() <= (2 if "jpg" in name else 0), name
 
 
-@pytest.mark.parametrize(
-    ("kind", "values", "expected"),
-    [
-        ("png tif pgm", np.uint16([[0, 255, 256], [511, 40000, 65535]]), [0, 0, 1, 1, 156, 255]),
-        ("tif", np.float32([[0, 0.002, 0.25], [0.5, 0.75, 1]]), [0, 1, 64, 128, 191, 255]),
-        ("tif", np.float32([[0, 80]]), None),  # who knows what is white?
-        ("tif", np.float32([[-1, 1]]), None),
-        ("tif", np.float32([[0, np.nan]]), None),
-        ("tif", np.int32([[0, 255]]), None),
-    ],
-)
-def test_images_of_more_than_8_bits_keep_their_content(tmp_path, kind, values, expected):
-    for name in (f"a.{k}" for k in kind.split()):
-        Image.fromarray(values).save(tmp_path / name)
-        got = data.read_image(str(tmp_path / name))
-        if expected is None:
-            assert got is None
-        else:
-            assert got.dtype == torch.uint8 and got.flatten(1).tolist() == [expected] * 3, name
+def test_images_of_more_than_8_bits_keep_their_content(tmp_path):
+    grey = np.uint16([[0, 255, 256], [511, 40000, 65535]]), [0, 0, 1, 1, 156, 255]
+    shares = np.float32([[0, 0.002, 0.25], [0.5, 0.75, 1]]), [0, 1, 64, 128, 191, 255]
+    for kind, (values, expected) in dict(png=grey, pgm=grey, tif=grey, tiff=shares).items():
+        Image.fromarray(values).save(tmp_path / f"a.{kind}")
+        got = data.read_image(str(tmp_path / f"a.{kind}"))
+        assert got.dtype == torch.uint8 and got.flatten(1).tolist() == [expected] * 3, kind
+    for low, high in ((0, 80), (-1, 1), (0, np.nan)):  # who knows what is white?
+        Image.fromarray(np.float32([[low, high]])).save(tmp_path / "b.tif")
+        assert data.read_image(str(tmp_path / "b.tif")) is None
+    Image.fromarray(np.int32([[0, 255]])).save(tmp_path / "c.tif")
+    assert data.read_image(str(tmp_path / "c.tif")) is None
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
@@ -247,11 +240,13 @@ def test_what_worker_processes_do_can_be_sent_to_them(tmp_path):
             assert repr(pickle.loads(pickle.dumps(made))) == repr(made)
 
 
-def test_where_nothing_can_be_read(tmp_path):
-    """Also in the middle of a run, in a worker process."""
+def test_what_cannot_be_read_or_nothing_can(tmp_path):
+    """After the last image comes the first. Also in the middle of a run, in a worker process."""
     (tmp_path / "sub").mkdir()
     refused(files, tmp_path, message="holds no images")
     one = loader(files(write_images(tmp_path, 9)), workers=1)
+    (tmp_path / "008.png").write_bytes(b"")
+    assert one.dataset[0, 7][1:] == (-1, 7)
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"")
     refused(list, batches(one, CPU), message=r"none of the 8 images like .*.png can be read\s*$")
