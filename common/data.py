@@ -145,7 +145,7 @@ def load_folder(root: Path, split: str) -> ImageSet:
     where it has val/ alone, those of val/. Else its images have no labels, and every fiftieth is
     for validation. Says what it leaves out. Raises UserError where there are none.
     """
-    require(root.is_dir(), f"--data {root}: there is no such folder, nor such a name in --help")
+    require(root.is_dir(), f"--data {root}: there is no such folder, and --help lists the names")
     here = folders_in(root)
     train = "train" if "train" in here else ""
     val = next((name for name in ("val", "valid", "validation") if name in here), "")
