@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
@@ -30,8 +30,7 @@ SMALL = 64  # images up to this side are used whole
 # kinds of files that PIL calls images, as it does not .eps and .mpg
 KINDS = Image.registered_extensions().items()
 IMAGES = tuple(kind for kind, name in KINDS if "image/" in Image.MIME.get(name, ""))
-# what may lie beside images without a word about it, and what systems leave in folders
-NOTES = (".txt", ".md", ".json", ".xml", ".csv", ".yaml", ".yml", "readme", "license")
+# what systems leave in folders
 SYSTEM = {"__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found"}
 SYSTEM |= {"@eadir", "#recycle", "@recycle", "#snapshot", "thumbs.db", "desktop.ini"}
 say_once = functools.cache(say)  # where one folder is looked through for both splits
@@ -61,6 +60,11 @@ class ImageSet:
         """The images with these indices, int64 (m,)."""
         return replace(self, images=self.images[indices.numpy()], labels=self.labels[indices])
 
+    def draw(self, wanted: int, seed: int) -> "ImageSet":
+        """So many of the images, at random."""
+        generator = torch.Generator().manual_seed(seed_of("images", seed))
+        return self.select(torch.randperm(len(self), generator=generator)[:wanted])
+
     def digest(self) -> str:
         """Of the pixels or the files' names, the labels and the classes, wherever they lie."""
         digest = hashlib.sha256(repr(self.classes).encode())
@@ -82,19 +86,18 @@ def read_image(path: str, upright: bool = False) -> Tensor | None:
     # deprecated from 0.29 on; where it is gone, PIL serves.
     with contextlib.suppress(RuntimeError, AttributeError):
         content = torchvision.io.read_file(path)
-        mode = torchvision.io.ImageReadMode.RGB
-        return torchvision.io.decode_jpeg(content, mode, apply_exif_orientation=upright)
+        return torchvision.io.decode_jpeg(content, "RGB", apply_exif_orientation=upright)
     try:
         with Image.open(path) as image:
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
-            values = np.asarray(image) if image.mode[0] in "IF" else None  # PIL would clip at 255
-            if image.mode == "F":
+            if image.mode == "F":  # PIL would clip these and the next at 255
+                values = np.asarray(image)
                 require(values.min() >= 0 and values.max() <= 1, "unknown range")
                 image = Image.fromarray(np.uint8((values * 255).round()))
-            elif values is not None:  # I has 32 bits, but 16 of two formats, by PIL's version
+            elif image.mode[0] == "I":  # I has 32 bits, but 16 of two formats, by PIL's version
                 require(image.mode != "I" or image.format in ("PNG", "PPM"), "unknown range")
-                image = Image.fromarray(np.uint8(values >> 8))
+                image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
             return TF.pil_to_tensor(image.convert("RGB"))
     except Exception:  # PIL raises nearly anything on a broken file
         return None
@@ -103,12 +106,11 @@ def read_image(path: str, upright: bool = False) -> Tensor | None:
 def read_images(flag: str, paths: list[str]) -> list[Tensor]:
     """The image files given to a flag, uint8 (3, h, w) each, upright as a viewer shows them. Raises
     UserError for one that is not there or cannot be read."""
-    kinds = "an image of 8 or 16 bits a channel, or floats from 0 to 1"
     images = []
     for path in paths:
         require(Path(path).is_file(), f"{flag}: there is no file {path}")
         images.append(read_image(path, upright=True))
-        require(images[-1] is not None, f"{flag}: {path} cannot be read as {kinds}")
+        require(images[-1] is not None, f"{flag}: {path} cannot be read as an 8- or 16-bit image")
     return images
 
 
@@ -118,24 +120,21 @@ def load_data(name: str, data_dir: str, split: str) -> ImageSet:
     if name == "shapes":
         shapes = make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
         return ImageSet(*shapes, CLASSES)
-    if name not in ("cifar10", "cifar100", "imagenette"):
+    sets = dict(cifar10="CIFAR10", cifar100="CIFAR100", imagenette="Imagenette")
+    if name not in sets:
         return load_folder(Path(name), split)
+    imagenette = name == "imagenette"
+    which = dict(split=split, size="320px") if imagenette else dict(train=split == "train")
     try:
         with rank_zero_first():
-            if name == "imagenette":
-                data = datasets.Imagenette(data_dir, split, size="320px", download=True)
-            else:
-                kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-                data = kind(data_dir, train=split == "train", download=True)
+            data = getattr(datasets, sets[name])(data_dir, **which, download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--data {name} could not be downloaded into {data_dir} ({error}): connect to the "
-            "network, put the files there, or use --data shapes, which needs no download"
-        ) from None
-    if name == "imagenette":
+        failed = f"--data {name} could not be downloaded into {data_dir} ({error})"
+        raise UserError(f"{failed}: --data shapes needs no download") from None
+    if imagenette:
         found = load_folder(Path(data_dir) / "imagenette2-320", split)
         return replace(found, classes=[synonyms[0] for synonyms in data.classes])
-    images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
+    images = torch.from_numpy(data.data).movedim(3, 1).contiguous()  # (n, 3, 32, 32)
     return ImageSet(images, torch.tensor(data.targets), list(data.classes))
 
 
@@ -146,11 +145,7 @@ def load_folder(root: Path, split: str) -> ImageSet:
     where it has val/ alone, those of val/. Else its images have no labels, and every fiftieth is
     for validation. Says what it leaves out. Raises UserError where there are none.
     """
-    require(
-        root.is_dir(),
-        f"--data {root}: there is no such folder (and the names are shapes, cifar10, cifar100, "
-        "imagenette)",
-    )
+    require(root.is_dir(), f"--data {root}: there is no such folder, and --help lists the names")
     here = folders_in(root)
     train = "train" if "train" in here else ""
     val = next((name for name in ("val", "valid", "validation") if name in here), "")
@@ -185,13 +180,13 @@ def folders_in(folder: Path) -> list[str]:
 
 def files_in(folder: Path, kinds: tuple[str, ...] = IMAGES) -> list[str]:
     """Names, below the folder, of its files of these kinds at any depth, in order. Says which
-    others it has, but for notes and what systems leave behind."""
+    others it has."""
     files = []
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
         parts = Path(place).relative_to(folder).parts
         if all(map(is_data, parts)):
             files += [os.path.join(*parts, name) for name in sorted(names) if is_data(name)]
-    others = [name for name in files if not name.lower().endswith(kinds + NOTES)]
+    others = [name for name in files if not name.lower().endswith(kinds)]
     warn(folder, "files of other kinds left out", others)
     return [name for name in files if name.lower().endswith(kinds)]
 
@@ -202,15 +197,6 @@ def warn(place: Path, what: str, names: list[str]) -> None:
         say_once(f"warning: {place}: {what}: {len(names)}, the first is {names[0]}")
 
 
-def subset(data: ImageSet, wanted: int | None, seed: int, flag: str) -> ImageSet:
-    """As many images as a flag says, drawn at random, or all. Raises UserError for too many."""
-    if wanted is None:
-        return data
-    require(wanted <= len(data), f"{flag} {wanted}: there are {len(data)}")
-    generator = torch.Generator().manual_seed(seed_of("images", seed))
-    return data.select(torch.randperm(len(data), generator=generator)[:wanted])
-
-
 def seed_of(purpose: str, *parts: int) -> int:
     """One well-mixed 63-bit seed from a purpose and several numbers, the same everywhere."""
     digest = hashlib.sha256(repr((purpose, *parts)).encode()).digest()
@@ -218,23 +204,19 @@ def seed_of(purpose: str, *parts: int) -> int:
 
 
 def micro_batches(batch_size: int, device_batch_size: int | None, limit: int) -> tuple[int, int]:
-    """Cut this process's share of an effective batch: images at a time, by default as many up to
-    `limit` as come out even, and how many times. Raises UserError, which names a size that works,
-    where a given one does not divide."""
-    nearest = max(1, round(batch_size / WORLD_SIZE)) * WORLD_SIZE
-    require(
-        batch_size % WORLD_SIZE == 0,
-        f"--batch-size {batch_size} does not divide over {WORLD_SIZE} processes: try {nearest}",
-    )
-    share = batch_size // WORLD_SIZE
-    size = device_batch_size or limit
-    fitting = max(d for d in range(1, min(size, share) + 1) if share % d == 0)
-    require(
-        device_batch_size in (None, fitting),
-        f"--device-batch-size {size} does not divide the {share} images that each of {WORLD_SIZE} "
-        f"process(es) takes of --batch-size {batch_size}: try {fitting}",
-    )
-    return fitting, share // fitting
+    """Cut this process's share of an effective batch: images at a time, by default the most up to
+    `limit` that come out even, and how many times. Raises UserError, with a size that works."""
+    share, rest = divmod(batch_size, WORLD_SIZE)
+    works = batch_size - rest or WORLD_SIZE
+    uneven = f"--batch-size {batch_size} does not divide over {WORLD_SIZE} processes: try {works}"
+    require(rest == 0, uneven)
+    size = min(device_batch_size or limit, share)
+    while share % size:
+        size -= 1
+    given = f"--device-batch-size {device_batch_size}"
+    uneven = f"{given} does not divide the {share} images of a process in a batch: try {size}"
+    require(device_batch_size in (None, size), uneven)
+    return size, share // size
 
 
 class EpochSampler(Sampler):
@@ -245,19 +227,14 @@ class EpochSampler(Sampler):
     are fewer images than a batch takes.
     """
 
-    def __init__(self, images: int, batch_size: int | None = None, seed: int = 0):
-        require(
-            (batch_size or 0) <= images,
-            f"--batch-size {batch_size} is larger than the {images} training images",
-        )
+    def __init__(self, images: int, batch_size: int = 0, seed: int = 0):
+        too_large = f"--batch-size {batch_size} is larger than the {images} training images"
+        require(batch_size <= images, too_large)
         self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
         self.used = images - images % (batch_size or 1)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(range(RANK, self.used, WORLD_SIZE))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = torch.arange(self.images)
@@ -278,26 +255,26 @@ class AugmentedImages(Dataset):
     `broken`: what could not be read so far. Raises UserError where nothing can be read.
     """
 
-    def __init__(
-        self, data: ImageSet, transform: Callable, seed: int = 0, keep_labels: bool = True
-    ):
+    def __init__(self, data: ImageSet, transform: Callable, seed=0, keep_labels=True):
         self.data, self.transform, self.seed, self.keep_labels = data, transform, seed, keep_labels
         self.broken: set[str] = set()
-        readable = any(data.read(i) is not None for i in range(len(data)))  # stops at the first
-        require(readable, f"none of the {len(data)} images like {data.name(0)} can be read")
+        self.first_readable(0)
+
+    def first_readable(self, i: int) -> tuple[int, Any]:
+        """The first image from i on that can be read, and what is read of it."""
+        n = len(self.data)
+        for k in range(i, i + n):
+            found = self.data.read(k % n)
+            if found is not None:
+                return k % n, found
+        raise UserError(f"none of the {n} images like {self.data.name(i)} can be read")
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any, int]:
         epoch, i = key
-        n = len(self.data)
-        for good in (j % n for j in range(i, i + min(n, 1000))):
-            found = self.data.read(good)
-            if found is not None:
-                break
-        else:
-            raise UserError(f"{self.data.name(i)} and what follows it can no longer be read")
+        good, found = self.first_readable(i)
+        known, bad = good == i or self.keep_labels, -1 if good == i else i
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of("file", self.seed, epoch, i))
-            known, bad = good == i or self.keep_labels, i if good != i else -1
             if isinstance(found, tuple):
                 image, target = self.transform(*found)
                 return image, target if known else None, bad
@@ -307,12 +284,12 @@ class AugmentedImages(Dataset):
 def collate(samples: list[tuple]) -> list:
     """torch's collate of each column, but a list of what it cannot stack: tensors of several sizes,
     dicts, None."""
-
-    def alike(column: tuple) -> bool:
+    columns = []
+    for column in zip(*samples, strict=True):
         kinds = {getattr(x, "shape", type(x)) for x in column}
-        return len(kinds) == 1 and kinds.isdisjoint({dict, type(None)})
-
-    return [default_collate(c) if alike(c) else list(c) for c in zip(*samples, strict=True)]
+        alike = len(kinds) == 1 and kinds.isdisjoint({dict, type(None)})
+        columns.append(default_collate(column) if alike else list(column))
+    return columns
 
 
 def make_loader(
@@ -345,26 +322,16 @@ def start_worker(worker: int) -> None:
 def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Any, Any]]:
     """An epoch: images float32 (b, 3, *size), normalised, and labels int64 (b,), on the device, or
     lists where they differ in size or kind. What could not be read is named at the end, once."""
-    found: set[int] = set()
-    for images, labels, bad in loader:
-        found |= set(bad[bad >= 0].tolist())
-        images, labels = move_to([images, labels], device)
-        alike = isinstance(images, Tensor)
-        yield normalise_images(images) if alike else [*map(normalise_images, images)], labels
+    found, cuda = set(), device.type == "cuda"
+    for *batch, bad in loader:
+        found |= {*bad.tolist()} - {-1}
+        images, labels = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=cuda), batch)
+        yield tree_map_only(Tensor, normalise_images, images), labels
     dataset = loader.dataset
     names = {dataset.data.name(i) for i in set().union(*gather(found))}
     for name in sorted(names - dataset.broken):
         say(f"warning: {name} cannot be used: another image is in its place")
     dataset.broken |= names
-
-
-def move_to(x: Any, device: torch.device) -> Any:
-    """x with the tensors in it, also in lists and dicts, on the device."""
-    if isinstance(x, list):
-        return [move_to(v, device) for v in x]
-    if isinstance(x, dict):
-        return {k: move_to(v, device) for k, v in x.items()}
-    return x.to(device, non_blocking=device.type == "cuda") if isinstance(x, Tensor) else x
 
 
 def normalise_images(images: Tensor) -> Tensor:

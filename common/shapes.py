@@ -21,8 +21,7 @@ def make_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     parts = [_draw_shapes(min(1000, count - i), generator)[:2] for i in range(0, count, 1000)]
-    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return images, labels
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 class Scenes(NamedTuple):
@@ -56,12 +55,7 @@ def _draw_scenes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
 
 
 def _draw_shapes(
-    n: int,
-    generator: torch.Generator,
-    size: int = 32,
-    radius: tuple[float, float] = (12, 14),
-    spread: float = 2,
-    behind: Tensor | None = None,
+    n: int, generator: torch.Generator, size=32, radius=(12, 14), spread=2, behind=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images uint8 (n, 3, size, size), labels int64 (n,), and how much of each pixel is inside the
     shape, float (n, 1, size, size). A shape is up to `spread` pixels off the centre along either

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -12,16 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
-from common.data import (
-    BICUBIC,
-    SMALL,
-    ImageSet,
-    batches,
-    center_crop,
-    load_data,
-    normalise_images,
-    subset,
-)
+from common.data import BICUBIC, SMALL, ImageSet, batches, center_crop, load_data, normalise_images
 from common.distributed import autocast, gather, pick_dtype, say
 from mirl import IMAGENET_MEAN, Config, ViT, require
 
@@ -38,8 +30,17 @@ class Classification:
         self.dtype = pick_dtype(args.dtype, device)
 
     def data(self, split: str) -> ImageSet:
-        """The images of a split, "train" or "val", with their targets."""
-        return labelled(self.args, split)
+        """The images of a split, "train" or "val", with their targets, as many as wanted. Raises
+        UserError where there are none, or fewer."""
+        args = self.args
+        data = load_data(args.data, args.data_dir, split)
+        keep = (data.labels >= 0).nonzero()[:, 0]
+        why = f"--data {args.data}: the {split} images have no labels: put them in {split}/<class>/"
+        require(len(keep), why)
+        if left := len(data) - len(keep):
+            say(f"warning: {left} {split} images are in no folder of a class in train/: left out")
+            data = data.select(keep)
+        return wanted_images(data, args, split)
 
     def model(self, vit: ViT, classes: int, head_width: int | None) -> nn.Module:
         """The ViT with what the task adds to it; the classifier is a ViT's own head."""
@@ -55,6 +56,9 @@ class Classification:
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """ "loss", to be minimised, and its terms to be logged, scalars, of normalised images,
         float32 (B, 3, H, W), and their labels, int64 (B,)."""
+        if self.args.erasing:  # by pixel noise, image by image [R]
+            erase = v2.RandomErasing(self.args.erasing, value="random")
+            images = torch.stack([erase(image) for image in images])
         images, targets = self.mix(images, labels)
         with autocast(self.device, self.dtype):
             logits = model(images)  # (B, classes)
@@ -80,8 +84,7 @@ class Classification:
         ]
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> dict | None:
-        """Print what the model sees in an image, uint8 (3, h, w); what can be drawn of it, if
-        any."""
+        """Print what the model sees in an image, uint8 (3, h, w); returns what can be drawn."""
         x = normalise_images(self.transform(model.config, training=False)(image))
         probabilities = model(x[None].to(self.device))[0].softmax(dim=0)
         top = probabilities.topk(min(5, len(classes)))
@@ -97,31 +100,14 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([hits[:, 0].sum(), hits.sum(), loss, (labels >= 0).sum()])
 
 
-def labelled(args: argparse.Namespace, split: str) -> ImageSet:
-    """The images of --data that have labels. Raises UserError where there are none, or fewer than
-    wanted."""
-    data = load_data(args.data, args.data_dir, split)
-    keep = (data.labels >= 0).nonzero()[:, 0]
-    require(
-        len(keep),
-        f"--data {args.data}: the {split} images have no labels; they come from the folders "
-        "train/<class>/ and val/<class>/",
-    )
-    if left := len(data) - len(keep):
-        say(f"warning: {left} {split} images are in no folder of a class in train/: left out")
-        data = data.select(keep)
-    return wanted_images(data, args, split)
-
-
 def wanted_images(data: ImageSet, args: argparse.Namespace, split: str) -> ImageSet:
-    """As many as --train-images, drawn by --seed, or --val-images, the same in every run."""
-    seed = args.seed if split == "train" else 0
-    return subset(data, getattr(args, f"{split}_images"), seed, f"--{split}-images")
-
-
-# ------------------------------------------------------------------------------------------------
-# Augmentation
-# ------------------------------------------------------------------------------------------------
+    """As many as --train-images, drawn by --seed, or --val-images, the same in every run. Raises
+    UserError for too many."""
+    wanted = getattr(args, f"{split}_images")
+    if wanted is None:
+        return data
+    require(wanted <= len(data), f"--{split}-images {wanted}: there are {len(data)}")
+    return data.draw(wanted, args.seed if split == "train" else 0)
 
 
 def random_sign(strength: float) -> float:
@@ -156,7 +142,8 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-class RandAugment(nn.Module):
+@dataclass
+class RandAugment:
     """RandAug (magnitude, 0.5) as the paper's recipe means it, uint8 (3, H, W). [S A.1, Table 2]
 
     Two operations an image, each applied with probability 1/2, at a magnitude drawn from
@@ -164,11 +151,9 @@ class RandAugment(nn.Module):
     about 30 %, and both operations always apply.
     """
 
-    def __init__(self, magnitude: float):
-        super().__init__()
-        self.magnitude = magnitude
+    magnitude: float
 
-    def forward(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor) -> Tensor:
         for _ in range(2):
             name = list(AUGMENTATIONS)[torch.randint(len(AUGMENTATIONS), ()).item()]
             if torch.rand(()) < 0.5:
@@ -190,17 +175,8 @@ def finetune_transform(size: tuple[int, int], randaug: float) -> Callable[[Tenso
 
 
 def mixup_or_cutmix(args: argparse.Namespace, classes: int) -> Callable:
-    """A function of images, float32 (B, 3, H, W), and labels, int64 (B,), on the device: random
-    erasing by pixel noise, image by image [R]; then mixup or cutmix, with probability 1/2 each and
-    one λ a batch [S A.1], which makes the labels targets, float32 (B, classes)."""
-    erase = v2.RandomErasing(args.erasing, value="random")
+    """One of them, with probability 1/2 each and one λ a batch [S A.1], of images, float32
+    (B, 3, H, W), and labels, int64 (B,), which become targets, float32 (B, classes)."""
     kinds = ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
     choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
-    mix = v2.RandomChoice(choices) if choices else v2.Identity()
-
-    def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if args.erasing:
-            images = torch.stack([erase(image) for image in images])
-        return mix(images, labels)
-
-    return mixed
+    return v2.RandomChoice(choices) if choices else v2.Identity()

@@ -1,10 +1,10 @@
 """What a frozen encoder has learnt: nearest neighbours, a linear layer, or neighbours after every
 block. Nothing of it is trained."""
 
-import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,10 +30,9 @@ def probe(
     """
     vit.eval().head = nn.Identity()
     device = vit.cls_token.device
-    looked_at = every_block(vit) if protocol == "blocks" else contextlib.nullcontext(vit)
-    with looked_at as model:
-        x, labels = features(model, train, device, dtype)  # (n, D), of every block (n, depth, D)
-        queries, truth = features(model, val, device, dtype)
+    model = functools.partial(every_block, vit) if protocol == "blocks" else vit
+    x, labels = features(model, train, device, dtype)  # (n, D), of every block (n, depth, D)
+    queries, truth = features(model, val, device, dtype)
     require(len(x) > 1, f"--protocol {protocol} needs at least 2 training images")
     classes = len(val.dataset.data.classes)
     if protocol == "linear":
@@ -47,25 +46,15 @@ def probe(
     return dict(protocol=protocol, **result, train_images=len(x), val_images=len(queries))
 
 
-@contextlib.contextmanager
-def every_block(vit: ViT) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function images -> (B, depth, D): after each block of a ViT the mean over the patches,
-    normed as the head's input is; with the pool "mean" the last are what "knn" looks at."""
-    pooled: list[Tensor] = []  # of each block, (B, D)
-    hooks = [
-        block.register_forward_hook(lambda block, given, x: pooled.append(x[:, 1:].mean(dim=1)))
-        for block in vit.blocks
-    ]
-
-    def forward(images: Tensor) -> Tensor:
-        pooled.clear()
-        vit(images)
-        x = torch.stack(pooled, dim=1)
-        return vit.fc_norm(x) if vit.config.pool == "mean" else x
-
-    yield forward
-    for hook in hooks:
-        hook.remove()
+def every_block(vit: ViT, images: Tensor) -> Tensor:
+    """After each block of a ViT the mean over the patches of images (B, 3, H, W), normed as the
+    head's input is, (B, depth, D); with the pool "mean" the last is what "knn" looks at."""
+    x, means = vit.embed(vit.patchify(images)), []
+    for block in vit.blocks:
+        x = block(x)
+        means.append(x[:, 1:].mean(dim=1))
+    x = torch.stack(means, dim=1)
+    return vit.fc_norm(x) if vit.config.pool == "mean" else x
 
 
 @torch.no_grad()

@@ -20,7 +20,16 @@ from tasks.classification import AUGMENTATIONS, Classification, RandAugment, fin
 
 
 def task(*flags):
-    return Classification(train_finetune.parse([*TINY, *map(str, flags)]), CPU)
+    one = Classification(train_finetune.parse([*TINY, *map(str, flags)]), CPU)
+    one.model(None, 4, None)
+    return one
+
+
+def seen_in_training(one, images, labels, logits=None):
+    """What a model is given of a batch, and the loss of its answer."""
+    logits, given = torch.zeros(len(images), 4) if logits is None else logits, []
+    loss = one.losses(lambda x: given.append(x) or logits, images, labels)["loss"]
+    return given[0], loss
 
 
 def test_randaug_applies_half_of_its_operations_near_nine(monkeypatch):
@@ -40,26 +49,11 @@ def test_randaug_applies_half_of_its_operations_near_nine(monkeypatch):
     assert set(signed) == {0.3, -0.3} and 140 < signed.count(0.3) < 260
 
 
-def test_randaug_is_not_that_of_torchvision():
-    """Its rotation at 9 is 27 degrees; that of torchvision's RandAugment(2, 9) is 9."""
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    image[:, 30:34] = 255  # a horizontal bar
-    turned = AUGMENTATIONS["rotate"](image, 0.9)[0] > 200
-    a, b = (turned[:, column].nonzero().float().mean() for column in (20, 43))
-    assert abs(math.degrees(math.atan((b - a) / 23))) == pytest.approx(27, abs=4)
-
-
 NO_STRENGTH = ("autocontrast", "equalize", "invert")
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_every_operation_grows_with_its_strength_and_takes_every_size(name, monkeypatch):
-    monkeypatch.setattr(classification, "random_sign", lambda strength: strength)
-    image = make_shapes(33, 0)[0][0]
-    strengths = (AUGMENTATIONS[name](image, s) for s in (0.0, 0.3, 0.9))
-    none, weak, strong = ((x.float() - image).abs().mean() for x in strengths)
-    assert (none == 0) == (name not in (*NO_STRENGTH, "posterize"))  # which leaves 4 bits
-    assert weak == strong > 0 if name in NO_STRENGTH else none < weak < strong
+def test_every_operation_takes_every_size(name):
     for hw in ((1, 1), (33, 17), (20, 1)):
         image = torch.randint(256, (3, *hw), dtype=torch.uint8)
         out = AUGMENTATIONS[name](image, 1.0)
@@ -97,32 +91,40 @@ def test_what_is_moved_leaves_grey():
         assert (out == 255).sum() == 3 * (41 * 20 - count)
 
 
+def test_a_bar_is_turned_or_sheared():
+    """At half of the strength by 15 degrees, or by 0.15."""
+    bar = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    bar[:, 30:34] = 255
+    for name, slope in (("rotate", math.tan(math.pi / 12)), ("shear_x", 0.15), ("shear_y", 0.15)):
+        x = AUGMENTATIONS[name](bar.mT if name == "shear_x" else bar, 0.5)
+        x = x.mT if name == "shear_x" else x
+        a, b = ((x[0, :, column] > 200).nonzero().float().mean() for column in (20, 43))
+        assert abs((b - a) / 23) == pytest.approx(slope, abs=0.06), name
+
+
 def noise(h, w):
-    return np.random.default_rng(0).integers(0, 256, (h, w, 3)).astype("u1")
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3)).astype("u1"))
 
 
 def test_large_images_are_cropped_and_resized_as_by_pil():
     """An area of 0.08 to 1 at a ratio of 3/4 to 4/3; bicubic, then flipped in half of the cases."""
-    image = Image.fromarray(noise(150, 130))
-    transform = finetune_transform((96, 80), 0)
-    flips = 0
+    image, transform, flips = noise(150, 130), finetune_transform((96, 80), 0), set()
     for seed in range(8):
         torch.manual_seed(seed)
         found = transform(TF.pil_to_tensor(image)).int()
         torch.manual_seed(seed)
         y, x, h, w = v1.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
         crop = image.crop((x, y, x + w, y + h)).resize((80, 96), Image.Resampling.BICUBIC)
-        if torch.rand(1) < 0.5:
-            crop, flips = ImageOps.mirror(crop), flips + 1
+        flips.add(flip := torch.rand(1).item() < 0.5)
+        crop = ImageOps.mirror(crop) if flip else crop
         assert (found - TF.pil_to_tensor(crop).int()).abs().max() <= 1
-    assert 0 < flips < 8
+    assert len(flips) == 2
 
 
 @pytest.mark.parametrize("size", [64, 72])
 def test_a_validation_image_is_resized_and_cropped_as_by_pil(size):
     """Bicubic, the short side to 256/224 of the wanted one; up to 64 to that one itself."""
-    image = Image.fromarray(noise(100, 130))
-    config = mirl.model_config("vit_nano", image_size=size)
+    image, config = noise(100, 130), mirl.model_config("vit_nano", image_size=size)
     found = task().transform(config, training=False)(TF.pil_to_tensor(image)).int()
     short = size if size == 64 else round(size * 256 / 224)
     resized = image.resize((int(short * 1.3), short), Image.Resampling.BICUBIC)
@@ -131,43 +133,32 @@ def test_a_validation_image_is_resized_and_cropped_as_by_pil(size):
     assert (found - expected).abs().max() <= 1
 
 
-def mixing(*flags):
-    return classification.mixup_or_cutmix(task(*flags).args, 4)
-
-
 def test_mixed_targets_with_smoothing_by_hand():
     """λ·one-hot of the image + (1 − λ)·one-hot of its neighbour, then 0.2 spread over all."""
     torch.manual_seed(0)
     images, labels, logits = torch.rand(3, 3, 8, 8), torch.tensor([0, 2, 3]), torch.randn(3, 4)
-    given = []
-    one = task("--mixup", 0.8, "--label-smoothing", 0.2)
-    one.model(None, 4, None)
-    loss = one.losses(lambda x: given.append(x) or logits, images, labels)["loss"]
-    [mixed], rolled = given, images.roll(1, 0)
+    one, rolled = task("--mixup", 0.8, "--label-smoothing", 0.2), images.roll(1, 0)
+    mixed, loss = seen_in_training(one, images, labels, logits)
     lam = ((mixed - rolled) / (images - rolled)).median().item()
     assert 0.01 < lam < 0.99
     torch.testing.assert_close(mixed, lam * images + (1 - lam) * rolled)
-    targets = torch.zeros(3, 4)
-    for i in range(3):
-        targets[i, labels[i]] += lam
-        targets[i, labels[i - 1]] += 1 - lam
-    logs = logits - logits.exp().sum(dim=1, keepdim=True).log()
-    torch.testing.assert_close(loss, -((0.8 * targets + 0.2 / 4) * logs).sum() / 3)
+    targets = lam * torch.eye(4)[labels] + (1 - lam) * torch.eye(4)[labels.roll(1)]
+    expected = -((0.8 * targets + 0.2 / 4) * logits.log_softmax(dim=1)).sum() / 3
+    torch.testing.assert_close(loss, expected)
 
 
 def test_mixing_alternates_between_mixup_and_cutmix():
     torch.manual_seed(0)
-    mix, off = mixing("--mixup", 0.8, "--cutmix", 1.0), mixing("--mixup", 0, "--cutmix", 0)
+    one = task("--mixup", 0.8, "--cutmix", 1.0)
     images = torch.arange(2.0)[:, None, None, None].expand(2, 3, 16, 16)
-    cut = sum(len(mix(images, torch.tensor([0, 1]))[0][0].unique()) == 2 for _ in range(300))
-    assert 100 < cut < 200
-    assert off(1, 2) == (1, 2)
+    batches = (seen_in_training(one, images, torch.tensor([0, 1]))[0] for _ in range(300))
+    assert 100 < sum(len(batch[0].unique()) == 2 for batch in batches) < 200
 
 
 def test_erasing_puts_a_box_of_noise_into_each_image():
     torch.manual_seed(0)
-    erase = mixing("--mixup", 0, "--cutmix", 0, "--erasing", 0.5)
-    images, _ = erase(torch.zeros(200, 3, 32, 32), torch.zeros(200))
+    labels = torch.zeros(200, dtype=torch.int64)
+    images, _ = seen_in_training(task("--erasing", 0.5), torch.zeros(200, 3, 32, 32), labels)
     boxes = [box for box in (images != 0).all(dim=1) if box.any()]
     assert all(torch.equal(b, b.any(dim=1)[:, None] & b.any(dim=0)) for b in boxes)
     assert 60 < len(boxes) < 140 and len({b.sum().item() for b in boxes}) > 20  # each its own
@@ -177,30 +168,24 @@ def test_erasing_puts_a_box_of_noise_into_each_image():
 def test_a_step_reads_nothing_from_the_device():
     """Tensors of the meta device have no values: whatever would wait for a GPU fails there."""
     one = task("--erasing", 0.5, "--mixup", 0.8, "--cutmix", 1)
-    model = one.model(vit(num_classes=16), 16, None).to("meta")
-    images = torch.zeros(4, 3, 32, 32, device="meta")
+    model, images = vit(num_classes=4).to("meta"), torch.zeros(4, 3, 32, 32, device="meta")
     labels = torch.zeros(4, dtype=torch.int64, device="meta")
     for _ in range(6):  # mixup and cutmix both
         one.losses(model, images, labels)["loss"].backward()
     classification.score(model(images), labels)
 
 
-def test_what_cannot_be_read_does_not_count_in_an_evaluation(tmp_path, capsys):
-    folder = image_folder(tmp_path / "data")
-    (folder / "val" / "dog" / "005.png").write_bytes(b"no image")
+def test_what_has_no_label_or_cannot_be_read_does_not_count(tmp_path, capsys):
+    folder, out = image_folder(tmp_path / "data"), tmp_path / "run"
+    (folder / "val" / "eel" / "010.png").write_bytes(b"no image")  # the last one
     (folder / "train" / "eel" / "007.png").write_bytes(b"no image")
-    assert finetune("--data", folder, "--out", tmp_path / "run", "--train-images", 33) == 0
-    epochs = metrics(tmp_path / "run", "epoch")
-    assert [m["raw_val_images"] for m in epochs] == [32, 32]
-    assert epochs[-1]["corrupt_files"] == 2
-    assert capsys.readouterr().out.count("cannot be used: another image is in its place") == 2
-
-
-def test_images_without_labels(tmp_path, capsys):
-    write_images(tmp_path / "data")
-    assert finetune("--data", tmp_path / "data", "--out", tmp_path / "run") == 2
-    assert "the val images have no labels" in capsys.readouterr().err
-    folder = image_folder(tmp_path / "folder")
     write_images(folder / "val" / "fox", 2)  # of no class of train/
-    assert len(task("--data", folder).data("val")) == 33
-    assert "2 val images are in no folder of a class in train/" in capsys.readouterr().out
+    write_images(folder / "train", 1)
+    assert finetune("--data", folder, "--out", out, "--train-images", 33) == 0
+    assert [m["raw_val_images"] for m in metrics(out, "epoch")] == [32, 32]
+    assert metrics(out, "epoch")[-1]["corrupt_files"] == 2
+    said = capsys.readouterr().out
+    assert said.count("cannot be used: another image is in its place") == 2
+    assert "2 val images are in no folder of a class in train/" in said
+    assert finetune("--data", folder / "train" / "cat", "--out", tmp_path / "other") == 2
+    assert "the val images have no labels" in capsys.readouterr().err

@@ -124,8 +124,8 @@ def test_classification_and_neighbours_stay_on_the_device(fake, pool):
     with fake:
         images, labels = some_images(), torch.zeros(BATCH, dtype=torch.int64, device=CUDA)
         all_on_cuda(classify.losses(model, images, labels), score(model(images), labels))
-        with torch.no_grad(), every_block(model.eval()) as features_of:
-            features = features_of(images)[:, -1]
+        with torch.no_grad():
+            features = every_block(model.eval(), images)[:, -1]
             all_on_cuda(knn_scores(features, labels, features, 3))
 
 
