@@ -25,6 +25,7 @@ from tasks.segmentation import UperNet, segmentation_loss
 pytest.importorskip("pycocotools")
 from pycocotools import mask as coco_mask
 
+SIZE = [31, 45]  # of the images in `coco`
 # torchvision's defaults are made for 800 pixels: fewer proposals do for these
 FEW = dict(rpn_post_nms_top_n_train=20, rpn_pre_nms_top_n_train=50, box_batch_size_per_image=16)
 
@@ -54,9 +55,9 @@ def test_coco(tmp_path):
     assert image.shape == (3, 31, 45) and target["image_id"] == 139
     assert target["labels"].tolist() == [3, 1] and target["labels"].dtype == torch.int64
     assert target["boxes"].tolist() == [[5, 4, 25, 14], [30, 20, 45, 31]]
-    expected = torch.zeros(2, 31, 45, dtype=torch.uint8)
+    expected = torch.zeros(2, 31, 45)
     expected[0, 4:14, 5:25] = expected[1, 20:, 30:] = 1
-    assert torch.equal(target["masks"], expected)
+    assert torch.equal(target["masks"], expected.byte())
     _, nothing = val.read(1)
     assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 31, 45)
     assert nothing["labels"].shape == (0,) and nothing["image_id"] == 285
@@ -77,48 +78,21 @@ def fortran(mask):
     return np.asfortranarray(mask, np.uint8)
 
 
-def masks_of(folder, *segmentations):
-    """What is read of such objects of an image of 45 x 31."""
-
-    def change(content):
-        one = dict(image_id=139, category_id=1, bbox=[0, 0, 45, 31])
-        content["annotations"] = [one | dict(segmentation=x) for x in segmentations]
-
-    masks = load_coco(coco(folder, change), "train").read(0)[1]["masks"]
-    assert len(masks) == len(segmentations) and masks.dtype == torch.uint8
-    return masks.numpy()
-
-
 def test_run_lengths(tmp_path):
     """As numbers, by loops, and packed into a string, by pycocotools."""
     blobs = F.interpolate(noise(4, 1, 17, 24), (31, 45))[:, 0] > 0  # runs of one pixel to many
-    for i, mask in enumerate([*blobs, torch.ones(31, 45) > 0]):
+    masks, objects = [*blobs, torch.ones(31, 45) > 0], []
+    for mask in masks:
         pixels = mask.T.flatten().tolist()  # column by column
         counts = [0] * pixels[0] + [len([*run]) for _, run in itertools.groupby(pixels)]
-        plain, packed = dense.annotation(mask)["segmentation"], coco_mask.encode(fortran(mask))
-        assert plain == dict(size=[31, 45], counts=counts)
-        packed["counts"] = packed["counts"].decode()
-        for seen in masks_of(tmp_path / str(i), plain, packed):
-            assert np.array_equal(seen, mask)
-
-
-def test_polygons(tmp_path):
-    """Of each, the pixels whose centre is inside; of several, those of any."""
-    y, x = np.mgrid[0.5:31, 0.5:45]
-    stars, expected = [], []
-    for seed in range(9):
-        angle = np.arange(8) * math.pi / 4
-        radius = 6 + 6 * np.random.default_rng(seed).random(8)
-        a = np.stack([28 + radius * np.cos(angle), 15 + radius * np.sin(angle)], axis=1)
-        inside = np.zeros((31, 45), bool)
-        for (x1, y1), (x2, y2) in zip(a, np.roll(a, -1, 0)):  # a ray to the right crosses how many
-            inside ^= ((y1 > y) != (y2 > y)) & (x < x1 + (y - y1) * (x2 - x1) / (y2 - y1))
-        inside[1:4, 2:6] = True
-        stars.append([a.flatten().tolist(), [2, 1, 6, 1, 6, 4, 2, 4]])
-        expected.append(inside)
-    for seen, inside in zip(masks_of(tmp_path / "a", *stars), expected, strict=True):
-        assert seen.max() == 1 and (seen[1:4, 2:6] == 1).all()
-        assert ((seen > 0) & inside).sum() > 0.93 * ((seen > 0) | inside).sum()
+        assert dense.annotation(mask)["segmentation"] == dict(size=SIZE, counts=counts)
+        packed = coco_mask.encode(fortran(mask))["counts"].decode()
+        for said in (counts, packed):
+            one = dict(segmentation=dict(size=SIZE, counts=said), bbox=[0, 0, 45, 31])
+            objects.append(one | dict(image_id=139, category_id=1))
+    root = coco(tmp_path / "a", lambda content: content.update(annotations=objects))
+    found = load_coco(root, "train").read(0)[1]["masks"]
+    assert torch.equal(found, torch.stack(masks).byte().repeat_interleave(2, dim=0))
 
 
 FULL = coco_mask.encode(fortran(np.ones((31, 46))))["counts"].decode()
@@ -128,13 +102,13 @@ SQUARE = [5, 4, 25, 4, 25, 14]
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(segmentation=dict(size=[31, 45], counts=[1000, 396])),  # a pixel more than there are
-        dict(segmentation=dict(size=[31, 45], counts=[1000, 394])),
-        dict(segmentation=dict(size=[31, 45], counts=[1400, -5])),
-        dict(segmentation=dict(size=[31, 45], counts=[math.inf])),
+        dict(segmentation=dict(size=SIZE, counts=[1000, 396])),  # a pixel more than there are
+        dict(segmentation=dict(size=SIZE, counts=[1000, 394])),
+        dict(segmentation=dict(size=SIZE, counts=[1400, -5])),
+        dict(segmentation=dict(size=SIZE, counts=[math.inf])),
         dict(segmentation=dict(size=[45, 31], counts=[1000, 395])),
-        dict(segmentation=dict(size=[31, 45], counts=FULL)),
-        dict(segmentation=dict(size=[31, 45])),
+        dict(segmentation=dict(size=SIZE, counts=FULL)),
+        dict(segmentation=dict(size=SIZE)),
         *(dict(segmentation=x) for x in ([], None, [[1, 2]], [["a"] * 6], "polygon", SQUARE)),
         *(dict(segmentation=[SQUARE, x]) for x in ([1, 2, 3, 4], [*SQUARE, 5], [2e8, *SQUARE[1:]])),
         dict(segmentation=[[math.nan, *SQUARE[1:]]]),
@@ -154,20 +128,21 @@ def test_an_object_that_cannot_be_drawn_costs_no_image(tmp_path, capsys, wrong):
 
 
 def test_the_size_of_an_image_is_its_annotations(tmp_path):
-    """An EXIF orientation is followed where that makes them agree."""
+    """An EXIF orientation is followed where that makes them agree, and nowhere else."""
 
     def turned(content):
-        for image in content["images"]:
-            image |= dict(height=45, width=31)
+        content["images"][0] |= dict(height=45, width=31)
+        content["images"][1] |= dict(height=45, width=31)
 
-    data = load_coco(coco(tmp_path / "a", turned), "train")
-    paths, exif = [tmp_path / f"a/train2017/{k:012d}.jpg" for k in (139, 724)], Image.Exif()
-    for path, exif[0x0112] in zip(paths, (6, 3)):
+    data = load_coco(coco(tmp_path / "a", turned), "val")
+    paths, exif = sorted((tmp_path / "a/val2017").iterdir()), Image.Exif()
+    for path, exif[0x0112] in zip(paths, (6, 3, 3)):
         with Image.open(path) as image:
             image.save(path, exif=exif)
-    image, target = data.read(0)
+    (image, target), none, (same, _) = map(data.read, range(3))
     assert torch.equal(image, read_image(paths[0]).rot90(-1, (1, 2)))
-    assert target["masks"].shape == (2, 45, 31) and data.read(1) is None
+    assert target["masks"].shape[1:] == (45, 31) and none is None
+    assert torch.equal(same, read_image(paths[2]))
 
 
 NOT_COCO = "train2017.json is no file of COCO's instances"
@@ -389,25 +364,23 @@ def test_what_is_found_is_told_and_drawn(capsys):
 def test_what_is_known_of_an_image(tmp_path):
     """Its objects, where the annotations list it; a sentence where they are of no use."""
     classes = ["person", "car", "toothbrush"]
-    root, other = coco(tmp_path / "a"), coco(tmp_path / "b", lambda content: content.pop("images"))
+    root = coco(tmp_path / "a")
 
     def truth(path, classes=classes):
-        return TASK.truth(str(path), classes, read_image(str(path), upright=True))
+        return TASK.truth(str(root / path), classes, read_image(str(root / path), upright=True))
 
-    known = truth(root / "val2017/000000000724.jpg")
+    name = "000000000724.jpg"
+    known = truth(f"val2017/{name}")
     assert known["names"] == ["car"] and known["kinds"] == [2]
     assert known["boxes"].tolist() == [[10, 2, 22, 22]]
-    inside = torch.zeros(31, 45, dtype=torch.bool)
-    inside[2:22, 10:22] = True
-    assert torch.equal(known["masks"], inside[None])
-    assert truth(root / "val2017/000000000285.jpg")["names"] == []
-    for path in ("val2017/new.jpg", "elsewhere/000000000724.jpg"):
-        (root / path).parent.mkdir(exist_ok=True)
-        shutil.copy(root / "val2017/000000000724.jpg", root / path)
-        assert truth(root / path) is None
-    path = other / "val2017/000000000724.jpg"
-    refused(truth, path, message="is no file of COCO's instances")
-    path = root / "train2017/000000000724.jpg"
-    refused(truth, path, ["cat"], message="has other classes than the model")
-    Image.new("RGB", (45, 32)).save(path)
-    refused(truth, path, message="cannot be read, or is turned or of another size")
+    assert known["masks"][:, 2:22, 10:22].all() and known["masks"].sum() == 20 * 12
+    assert truth("val2017/000000000285.jpg")["names"] == []
+    (root / "elsewhere").mkdir()
+    for path in ("val2017/new.jpg", f"elsewhere/{name}"):
+        shutil.copy(root / "val2017" / name, root / path)
+        assert truth(path) is None
+    refused(truth, f"train2017/{name}", ["cat"], message="has other classes than the model")
+    Image.new("RGB", (45, 32)).save(root / "train2017" / name)
+    refused(truth, f"train2017/{name}", message="cannot be read, or is turned or of another size")
+    (root / "annotations/instances_val2017.json").write_text("{}")
+    refused(truth, f"val2017/{name}", message="is no file of COCO's instances")
