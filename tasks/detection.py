@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -121,6 +121,7 @@ class Detection(Classification):
         images = data.images.tolist()
         if name not in images:
             return None
+        data = replace(data, training=True)
         return drawable(target_of(data, images.index(name), classes, image), classes)
 
 
@@ -141,6 +142,7 @@ class COCODetection(ImageSet):
 
     packed: np.ndarray | None = None  # uint8, all of it
     ends: np.ndarray | None = None  # int64: image i's is from ends[labels[i]] to the next
+    training: bool = True  # else the evaluation alone needs the objects, and `read` gives none
 
     def item(self, i: int) -> tuple[dict, list[dict]]:
         """Image i and its objects as COCO has them, with labels for category ids."""
@@ -163,6 +165,7 @@ class COCODetection(ImageSet):
         image = read_sized(super().name(i), size)
         if image is None or image.shape[1:] != size:
             return None
+        objects = objects if self.training else []
         coco = COCO()
         coco.imgs[known["id"]] = known
         masks = np.array([coco.annToMask(x) for x in objects], np.uint8).reshape(-1, *size)
@@ -274,6 +277,7 @@ def load_coco(root: Path, split: str) -> COCODetection:
         str(folder),
         packed=np.frombuffer(b"".join(items), np.uint8),
         ends=np.cumsum([0, *map(len, items)]),
+        training=split == "train",
     )
 
 

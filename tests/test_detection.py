@@ -133,15 +133,16 @@ def test_the_size_of_an_image_is_its_annotations(tmp_path):
     def turned(content):
         content["images"][0] |= dict(height=45, width=31)
         content["images"][1] |= dict(height=45, width=31)
+        content["annotations"].append(content["annotations"][0] | dict(image_id=285))
 
-    data = load_coco(coco(tmp_path / "a", turned), "val")
-    paths, exif = sorted((tmp_path / "a/val2017").iterdir()), Image.Exif()
+    data = load_coco(coco(tmp_path / "a", turned), "train")
+    paths, exif = sorted((tmp_path / "a/train2017").iterdir()), Image.Exif()
     for path, exif[0x0112] in zip(paths, (6, 3, 3)):
         with Image.open(path) as image:
             image.save(path, exif=exif)
     (image, target), none, (same, _) = map(data.read, range(3))
     assert torch.equal(image, read_image(paths[0]).rot90(-1, (1, 2)))
-    assert target["masks"].shape[1:] == (45, 31) and none is None
+    assert target["masks"].shape == (2, 45, 31) and none is None
     assert torch.equal(same, read_image(paths[2]))
 
 

@@ -110,7 +110,8 @@ def test_transforms_move_image_and_labels_alike(size, h, w):
     assert min(image.shape[1:]) == size and labels.shape == (h, w)
 
 
-def test_scales_are_spread_from_a_half_to_two():
+def test_scales_are_spread_from_a_half_to_two_and_lengths_limited():
+    assert segment_transform(64, False)(*marked(16, 96))[0].shape == (3, 42, 256)
     torch.manual_seed(0)
     scale, given = segment_transform(96, True).transforms[0], marked(96, 96)
     sides = torch.tensor([min(scale(*given)[0].shape[1:]) for _ in range(300)]) / 96
@@ -248,11 +249,12 @@ def test_the_windows_of_the_paper():
         return images[:, :2]
 
     places = torch.meshgrid(torch.arange(683.0), torch.arange(1000.0), indexing="ij")
-    image = torch.stack([*places, places[0]])
+    image, small = torch.stack([*places, places[0]]), answers(model, image_size=512)
     with torch.no_grad():
-        task(slide=True).segment(answers(model, image_size=512), image, (683, 1000))
-        whole = task().segment(answers(lambda x: x[:, :2], image_size=512), image, (68, 100))
-    assert seen == [((512, 512), y, x) for y in (0, 171) for x in (0, 341, 488)]
+        task(slide=True).segment(small, image, (683, 1000))
+        assert seen == [((512, 512), y, x) for y in (0, 171) for x in (0, 341, 488)]
+        whole = task().segment(small, image, (68, 100))
+    assert seen[6:] == [((704, 1024), 0, 0)]
     assert whole.shape == (68, 100) and whole.float().mean() > 0.5  # class 1 where x > y
 
 
