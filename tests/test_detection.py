@@ -47,7 +47,7 @@ def target(*corners, side=64):
     return dict(boxes=boxes, labels=torch.arange(1, len(corners) + 1), masks=masks)
 
 
-def test_coco(tmp_path):
+def test_coco(tmp_path, capsys):
     train, val = (load_coco(coco(tmp_path / split), split) for split in ("train", "val"))
     assert len(train) == 2 and len(val) == 3  # 285 has no annotation
     assert train.classes == ["person", "car", "toothbrush"]
@@ -61,6 +61,7 @@ def test_coco(tmp_path):
     _, nothing = val.read(1)
     assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 31, 45)
     assert nothing["labels"].shape == (0,) and nothing["image_id"] == 285
+    assert math.isnan(coco_scores([(285, [])], val)["box_ap"])
     swapped = train.select(torch.tensor([1, 0]))
     assert swapped.read(1)[1]["image_id"] == 139 and swapped.digest() != train.digest()
     name = f"{tmp_path}/train/train2017/000000000139.jpg or its annotation (45 x 31)"
@@ -71,7 +72,10 @@ def test_coco(tmp_path):
     crowds = coco(tmp_path / "crowds", lambda c: c["annotations"][4].update(iscrowd=1))
     data = load_coco(crowds, "train")
     assert len(data) == 2 and len(data.read(1)[1]["boxes"]) == 0
-    assert len(load_coco(coco(tmp_path / "none", lambda c: c.update(annotations=[])), "train")) == 0
+    none = coco(tmp_path / "none", lambda c: c.update(images=[], annotations=[]))
+    capsys.readouterr()
+    assert len(load_coco(none, "train")) == 0
+    assert "left out: 3, the first is 000000000139.jpg\n" in capsys.readouterr().out
 
 
 def fortran(mask):
