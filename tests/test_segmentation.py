@@ -84,6 +84,15 @@ def test_folders_that_cannot_be_used(tmp_path, missing, message):
     refused(load_ade20k, root, "train", message=message)
 
 
+def test_before_a_training_all_labels_of_the_validation_are_read(tmp_path):
+    file = ade(tmp_path) / "annotations/validation/ADE_val_00000002.png"
+    Image.new("L", (40, 30), 151).save(file)
+    args = dict(dtype="fp32", data=str(tmp_path), data_dir="", val_images=None)
+    assert len(Segmentation(Namespace(**args, eval=True), CPU).data("val")) == 3
+    train = Segmentation(Namespace(**args, eval=False), CPU)
+    refused(train.data, "val", message=r"_00000002.png has the label \[151\]")
+
+
 def marked(h, w):
     """An image whose pixels differ, and labels that say which of its pixels are bright."""
     bright = torch.rand(h // 16, w // 16, generator=torch.Generator().manual_seed(0)) > 0.5
