@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,8 @@ class Pyramid(nn.Module):
     (B, D, H/32, W/32), un-normed, from the blocks at 1/3, 1/2, 2/3 and all of the depth. [S A.2]
 
     H and W are at least 32 and divide into patches of 16, 8 or 4 pixels. Transposed convolutions or
-    max pooling bring the maps to the strides 4, 8, 16 and 32, as in BEiT. The ViT has the pool
-    "none", and loses its norm. Raises UserError for another pool, patch or size, or fewer than 6
-    blocks.
+    max pooling bring the maps to the strides, as in BEiT. The ViT loses its norm. Raises UserError
+    for another pool than "none", another patch or size, or fewer than 6 blocks.
     """
 
     def __init__(self, vit: ViT):
@@ -46,17 +44,11 @@ class Pyramid(nn.Module):
         c = vit.config
         require(c.pool == "none", f"maps are made by a ViT with the pool none, not {c.pool}")
         require(c.depth >= 6, f"four maps need an encoder of at least 6 blocks, not {c.depth}")
-        require(
-            c.patch_size in (4, 8, 16),
-            f"--patch-size {c.patch_size}: segmentation and detection need patches of 4, 8 or 16",
-        )
+        require(c.patch_size in (4, 8, 16), f"--patch-size {c.patch_size} must be 4, 8 or 16")
         self.vit = vit
         vit.norm = nn.Identity()
         self.ends = [c.depth * k // 6 for k in (2, 3, 4, 6)]  # after how many blocks
-
-        def up():
-            return nn.ConvTranspose2d(c.width, c.width, kernel_size=2, stride=2)
-
+        up = functools.partial(nn.ConvTranspose2d, c.width, c.width, kernel_size=2, stride=2)
         scales = {  # from one pixel a patch to strides 4, 8, 16, 32
             16: [nn.Sequential(up(), nn.BatchNorm2d(c.width), nn.GELU(), up()), up(), 1, 2],
             8: [up(), 1, 2, 4],
@@ -64,19 +56,14 @@ class Pyramid(nn.Module):
         }[c.patch_size]
         self.rescale = nn.ModuleList(nn.MaxPool2d(s) if isinstance(s, int) else s for s in scales)
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table of a grid, (1, 1+N, D): the model's own, or that resized."""
-        own, table = self.vit.config.grid, self.vit.pos_embed
-        return table if grid == own else resize_positions(table, own, grid)
-
     def forward(self, images: Tensor) -> list[Tensor]:
         P, (H, W) = self.vit.config.patch_size, images.shape[2:]
         require(
             min(H, W) >= 32 and H % P == W % P == 0,
             f"images of {H}x{W} must divide into patches of {P}, with sides of at least 32 pixels",
         )
-        h, w = H // P, W // P
-        positions = self.positions((h, w))  # (1, 1+N, D)
+        own, new, table = self.vit.config.grid, (H // P, W // P), self.vit.pos_embed
+        positions = table if new == own else resize_positions(table, own, new)  # (1, 1+N, D)
         x = self.vit.patch_embed(patchify(images, P)) + positions[:, 1:]  # (B, N, D)
         cls = (self.vit.cls_token + positions[:, :1]).expand(len(x), -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], dim=1)
@@ -84,46 +71,40 @@ class Pyramid(nn.Module):
         for k, block in enumerate(self.vit.blocks, start=1):
             x = block(x)
             if k in self.ends:
-                maps.append(rearrange(x[:, 1:], "b (h w) d -> b d h w", h=h))
+                maps.append(rearrange(x[:, 1:], "b (h w) d -> b d h w", h=H // P))
         return [rescale(x) for rescale, x in zip(self.rescale, maps)]
-
-
-# (B, D, h, w) and a size -> (B, D, *size)
-resize_maps = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
 def data_folder(name: str, data_dir: str) -> Path:
     """The folder that --data names; `scenes` are written into `data_dir` at first use. Raises
     UserError where there is none."""
-    root = Path(name)
-    if name == "scenes":
-        root = Path(data_dir) / name
-        with rank_zero_first():
-            if not root.exists():
-                write_scenes(root)
+    root = Path(data_dir) / name if name == "scenes" else Path(name)
+    with rank_zero_first():
+        if name == "scenes" and not root.exists():
+            write_scenes(root)
     require(root.is_dir(), f"--data {name}: there is no such folder (and the name is scenes)")
     return root
 
 
 def is_thin(image: Tensor) -> bool:
-    """Whether a side of an image (3, h, w) is over 32 times the other: resized, one of them would
-    vanish, or the other fill the memory."""
+    """Whether a side of an image (3, h, w) is over 32 times the other, too much to resize."""
     return max(image.shape[1:]) > 32 * min(image.shape[1:])
 
 
 def read_sized(path: str, size: tuple[int, int]) -> Tensor | None:
-    """An image file, uint8 (3, h, w), turned as its EXIF orientation says where only that gives it
-    the size (h, w) of its annotation. None where it cannot be read, or is thin."""
-    image = read_image(path)
-    if image is not None and image.shape[1:] != size:
-        turned = read_image(path, upright=True)
-        image = turned if turned is not None and turned.shape[1:] == size else image
-    return None if image is None or is_thin(image) else image
+    """An image file, uint8 (3, h, w), turned as its EXIF orientation says where it has not the size
+    (h, w) of its annotation without. None where it cannot be read, or is thin."""
+    for upright in (False, True):
+        image = read_image(path, upright)
+        if image is None or is_thin(image):
+            return None
+        if image.shape[1:] == size:
+            break
+    return image
 
 
-def annotation_file(folder: str | Path) -> Path:
+def annotation_file(folder: Path) -> Path:
     """Where COCO's layout has the annotations of the images in this folder."""
-    folder = Path(folder)
     return folder.parent / "annotations" / f"instances_{folder.name}.json"
 
 
@@ -134,17 +115,16 @@ def write_scenes(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         whole = Path(temporary) / "scenes"
         for split, part in (("train", "training"), ("val", "validation")):
-            scenes = make_scenes(*SCENES[split])
             folders = [whole / x for x in (f"images/{part}", f"{split}2017", f"annotations/{part}")]
             for path in folders:
                 path.mkdir(parents=True)
-            images, annotations = [], []
+            images, annotations, scenes = [], [], make_scenes(*SCENES[split])
             for i, (image, instances, kinds) in enumerate(zip(*scenes, strict=True), start=1):
-                label_of = torch.cat([torch.tensor([1]), kinds + 2]).to(torch.uint8)
-                pictures = image, image, label_of[instances.int()]
-                for path, picture in zip(folders, pictures, strict=True):
-                    TF.to_pil_image(picture).save(path / f"{i:05d}.png")
-                images.append(dict(id=i, file_name=f"{i:05d}.png", height=64, width=64))
+                name = f"{i:05d}.png"
+                images.append(dict(id=i, file_name=name, height=64, width=64))
+                labels = F.pad(kinds + 2, (1, 0), value=1)[instances.int()].byte()
+                for path, picture in zip(folders, (image, image, labels), strict=True):
+                    TF.to_pil_image(picture).save(path / name)
                 for k in (kinds >= 0).nonzero().flatten().tolist():
                     ids = dict(id=len(annotations) + 1, image_id=i, category_id=int(kinds[k]) + 1)
                     annotations.append(annotation(instances == k + 1) | ids)
@@ -161,12 +141,9 @@ def annotation(mask: Tensor) -> dict:
     left, top, right, bottom = masks_to_boxes(mask[None])[0].int().tolist()
     # runs of zeros and ones in turn, column by column; zeros come first, be they none
     values, runs = mask.T.flatten().unique_consecutive(return_counts=True)
-    return dict(
-        bbox=[left, top, right + 1 - left, bottom + 1 - top],
-        segmentation=dict(size=[*mask.shape], counts=[0] * bool(values[0]) + runs.tolist()),
-        area=int(mask.sum()),
-        iscrowd=0,
-    )
+    box = [left, top, right + 1 - left, bottom + 1 - top]
+    shape = dict(size=[*mask.shape], counts=[0] * bool(values[0]) + runs.tolist())
+    return dict(bbox=box, segmentation=shape, area=int(mask.sum()), iscrowd=0)
 
 
 def target_of(data: ImageSet, i: int, classes: list[str], image: Tensor) -> Any:
@@ -180,11 +157,7 @@ def target_of(data: ImageSet, i: int, classes: list[str], image: Tensor) -> Any:
 
 
 def overlay(
-    image: Tensor,
-    masks: Tensor,
-    kinds: Sequence[int],
-    names: Sequence[str],
-    boxes: Tensor | None = None,
+    image: Tensor, masks: Tensor, kinds: list[int], names: list[str], boxes: Tensor | None = None
 ) -> Tensor:
     """The image, uint8 (3, h, w), enlarged if it is small, with n masks, bool (n, h, w), and boxes,
     float (n, 4), corners in pixels, if any; kinds: which of the PALETTE's colours each has. Its
@@ -198,17 +171,17 @@ def overlay(
     apart = masks & (masks.cumsum(dim=0) == 1)  # else torchvision blackens what several cover
     image = draw_segmentation_masks(image, apart, alpha=0.5, colors=colors)
     if boxes is None:
-        rows = masks.sum(dim=2).argmax(dim=1)
-        columns = [mask[y].nonzero()[mask[y].sum() // 2] for mask, y in zip(masks, rows)]
-        places = torch.stack([torch.cat(columns), rows], dim=1)
+        rows = masks.sum(dim=2).argmax(dim=1).tolist()
+        columns = [mask[y].nonzero() for mask, y in zip(masks, rows)]
+        places = [(x[len(x) // 2].item(), y) for x, y in zip(columns, rows)]
     else:
         boxes = boxes * scale
         image = draw_bounding_boxes(image, boxes, colors=colors, width=2)
-        places = torch.stack([boxes[:, [0, 2]].mean(dim=1), boxes[:, 1]], dim=1)
-    return write(image, names, places.tolist())
+        places = torch.stack([boxes[:, [0, 2]].mean(dim=1), boxes[:, 1]], dim=1).tolist()
+    return write(image, names, places)
 
 
-def write(image: Tensor, names: Sequence[str], places: Sequence[tuple[float, float]]) -> Tensor:
+def write(image: Tensor, names: list[str], places: list[tuple[float, float]]) -> Tensor:
     """The image, uint8 (3, h, w), with names around their places (x, y), moved to be all inside."""
     picture = TF.to_pil_image(image)
     draw = ImageDraw.Draw(picture)
@@ -224,8 +197,7 @@ def write(image: Tensor, names: Sequence[str], places: Sequence[tuple[float, flo
 def compared(image: Tensor, truth: dict | None, found: dict) -> Image.Image:
     """An image, uint8 (3, h, w), what is on it, if that is known, and what was found, side by side;
     both as `overlay` takes them."""
-    panels = {"image": overlay(image, image[:0], [], [])}
-    if truth:
-        panels["ground truth"] = overlay(image, **truth)
-    panels["prediction"] = overlay(image, **found)
+    parts = dict(masks=image[:0], kinds=[], names=[]), truth, found
+    columns = dict(zip(("image", "ground truth", "prediction"), parts))
+    panels = {name: overlay(image, **part) for name, part in columns.items() if part}
     return titled(torch.stack([*panels.values()])[None], [*panels])

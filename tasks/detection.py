@@ -3,8 +3,8 @@
 The layout: {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json. Categories become
 the labels 1 … K in the order of their ids. Training images without any annotation are left out
 (117,266 of COCO's stay), of the others objects that are crowds or narrower than a pixel; and, with
-a word, objects that are not `usable` and images that the file does not list. Ids, areas and
-`iscrowd` of objects may be missing.
+a word, objects that are not `usable` and images that the file does not list. An object needs no id,
+area or `iscrowd`.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -61,7 +60,7 @@ class Detection(Classification):
         data = load_coco(data_folder(args.data, args.data_dir), split)
         data = wanted_images(data, args, split)
         require(
-            any(not crowd for i in range(len(data)) for *_, crowd in data.item(i)[3]),
+            any(not x["iscrowd"] for i in range(len(data)) for x in data.item(i)[1]),
             f"--data {args.data}: none of the {len(data)} {split} images has an object that "
             "counts: it is no crowd, and has a segmentation and a box of a pixel or more",
         )
@@ -69,13 +68,13 @@ class Detection(Classification):
 
     def model(self, vit: ViT, classes: int, head_width: int | None) -> nn.Module:
         size = min(vit.config.image_hw)
-        more = dict(longest=size * 5 // 3, width=head_width or 256, dtype=self.dtype)
-        if size > SMALL:  # for 800 pixels one of 480, 512, …, 800, at most 1333 long
-            more |= dict(sizes=tuple(range(size, size * 3 // 5 - 1, -32))[::-1])
-        else:  # fewer boxes than torchvision's, which are for large images
-            more |= dict(sizes=(size,), box_batch_size_per_image=64)
-            more |= dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
-        return mask_rcnn(vit, 1 + classes, **more)
+        sizes = tuple(range(size, size * 3 // 5 - 1, -32))[::-1]  # of 800: 480, 512, …, 800
+        few = {}
+        if size <= SMALL:  # torchvision's are for large images
+            few = dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
+            few |= dict(box_batch_size_per_image=64)
+        width, longest = head_width or 256, size * 5 // 3
+        return mask_rcnn(vit, 1 + classes, sizes, longest, width, self.dtype, **few)
 
     def transform(self, config: Config, training: bool) -> Callable:
         """(image, objects) -> the same, in training flipped at random; the model resizes."""
@@ -89,33 +88,28 @@ class Detection(Classification):
     @torch.no_grad()
     def evaluate(self, models: list[nn.Module], loader: DataLoader) -> list[dict[str, float]]:
         """Each model's `coco_scores`, over all processes."""
-        found: list[list[tuple[int, list[dict]]]] = [[] for _ in models]
+        found = [[] for _ in models]
         for model in models:
             model.eval()
         for images, targets in batches(loader, self.device):
             for model, results in zip(models, found, strict=True):
                 # by __call__, torch.compile would compile once more
                 for output, target in zip(model.forward(list(images)), targets, strict=True):
-                    if target is not None:  # the image and its objects could be read
+                    if target is not None:  # the image could be read
                         results.append((target["image_id"], detections(output)))
-        everyone, scores = zip(*gather(found), strict=True), []  # of each model, of each process
-        if RANK == 0:
-            scores = [coco_scores([*chain(*parts)], loader.dataset.data) for parts in everyone]
+        parts, data = zip(*gather(found)), loader.dataset.data  # of each model, of each process
+        scores = [coco_scores([*chain(*part)], data) for part in parts] if RANK == 0 else []
         return gather(scores)[0]
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> dict:
-        """Print what is found on an image, uint8 (3, h, w), with its box; returns what `overlay`
-        draws of it."""
         found = model([normalise_images(image.to(self.device))])[0]
         found = {k: v[found["scores"] > 0.5].cpu() for k, v in found.items()}
-        names = [classes[label - 1] for label in found["labels"]]
-        shares = found["scores"].tolist()
-        for name, share, box in zip(names, shares, found["boxes"], strict=True):
+        drawn = drawable(found | dict(masks=found["masks"][:, 0]), classes)
+        for i, (share, box) in enumerate(zip(found["scores"].tolist(), found["boxes"])):
             corners = ", ".join(f"{x:.0f}" for x in box)
-            say(f"  {100 * share:5.1f} %  {name} at ({corners})")
-        names = [f"{name} {share:.0%}" for name, share in zip(names, shares)]
-        masks, kinds = found["masks"][:, 0] > 0.5, found["labels"].tolist()
-        return dict(masks=masks, kinds=kinds, names=names, boxes=found["boxes"])
+            say(f"  {100 * share:5.1f} %  {drawn['names'][i]} at ({corners})")
+            drawn["names"][i] += f" {share:.0%}"
+        return drawn
 
     def truth(self, path: str, classes: list[str], image: Tensor) -> dict | None:
         """What `overlay` draws of the objects on an image file with this content, where the layout
@@ -123,15 +117,19 @@ class Detection(Classification):
         folder, name = Path(os.path.abspath(path)).parent, os.fsencode(os.path.basename(path))
         if not annotation_file(folder).is_file():
             return None
-        data = load_coco_once(folder.parent, folder.name.removesuffix("2017"))
+        data = load_coco(folder.parent, folder.name.removesuffix("2017"))
         images = data.images.tolist()
         if name not in images:
             return None
-        i = images.index(name)
-        target = target_of(replace(data, training=True), i, classes, image)  # it has the objects
-        kinds = target["labels"].tolist()
-        names = [classes[label - 1] for label in kinds]
-        return dict(masks=target["masks"] > 0, kinds=kinds, names=names, boxes=target["boxes"])
+        data = replace(data, training=True)
+        return drawable(target_of(data, images.index(name), classes, image), classes)
+
+
+def drawable(objects: dict, classes: list[str]) -> dict:
+    """What `overlay` takes, of objects: masks (n, h, w), labels (n,) from 1 and boxes (n, 4)."""
+    kinds = objects["labels"].tolist()
+    names = [classes[label - 1] for label in kinds]
+    return dict(masks=objects["masks"] > 0.5, kinds=kinds, names=names, boxes=objects["boxes"])
 
 
 @dataclass
@@ -144,57 +142,54 @@ class COCODetection(ImageSet):
 
     packed: np.ndarray | None = None  # uint8, all of it
     ends: np.ndarray | None = None  # int64: image i's is from ends[labels[i]] to the next
-    training: bool = True
+    training: bool = True  # else the evaluation alone needs the objects, and `read` gives none
 
-    def item(self, i: int) -> tuple[int, int, int, list[list]]:
-        """Of image i the id, height and width, and each object's label, box, segmentation and
-        whether it is a crowd."""
-        k = int(self.labels[i])
-        return json.loads(self.packed[self.ends[k] : self.ends[k + 1]].tobytes())
+    def item(self, i: int) -> tuple[dict, list[dict]]:
+        """Image i and its objects as COCO has them, with labels for category ids."""
+        k, keys = int(self.labels[i]), ("category_id", "bbox", "segmentation", "iscrowd")
+        packed = self.packed[self.ends[k] : self.ends[k + 1]].tobytes()
+        image_id, h, w, objects = json.loads(packed)
+        objects = [dict(zip(keys, x), image_id=image_id) for x in objects]
+        return dict(id=image_id, height=h, width=w), objects
 
     def name(self, i: int) -> str:
-        path, (_, h, w, _) = super().name(i), self.item(i)
-        image = read_sized(path, (h, w))
-        size = "" if image is None else f" ({image.shape[2]} x {image.shape[1]} pixels)"
-        return f"{path}{size} or its annotation ({w} x {h})"
+        image, _ = self.item(i)
+        return f"{super().name(i)} or its annotation ({image['width']} x {image['height']})"
 
     def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
         """Image i, uint8 (3, h, w), and its n objects: boxes float32 (n, 4), corners x, y, x, y,
-        masks uint8 (n, h, w), labels int64 (n,) from 1, image_id.
-
-        None where it cannot be read, or has another size than its annotation says. Of validation
-        images there are no objects: see `truth`.
-        """
-        image_id, h, w, objects = self.item(i)
-        image = read_sized(super().name(i), (h, w))
-        if image is None or image.shape[1:] != (h, w):
+        masks uint8 (n, h, w), labels int64 (n,) from 1, image_id. None where it cannot be read, or
+        has another size than its annotation says."""
+        known, objects = self.item(i)
+        size = known["height"], known["width"]
+        image = read_sized(super().name(i), size)
+        if image is None or image.shape[1:] != size:
             return None
         objects = objects if self.training else []
-        boxes = torch.tensor([box for _, box, _, _ in objects]).float().view(-1, 4)
-        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (h, w))
-        masks = [torch.from_numpy(decode(segmentation, h, w)) for _, _, segmentation, _ in objects]
-        masks = torch.stack(masks) if masks else torch.zeros(0, h, w, dtype=torch.uint8)
+        coco = COCO()
+        coco.imgs[known["id"]] = known
+        masks = np.array([coco.annToMask(x) for x in objects], np.uint8).reshape(-1, *size)
+        boxes = torch.tensor([x["bbox"] for x in objects]).float().view(-1, 4)
+        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
         target = dict(
-            boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w)),
+            boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             masks=tv_tensors.Mask(masks),
-            labels=torch.tensor([label for label, _, _, _ in objects], dtype=torch.int64),
-            image_id=image_id,
+            labels=torch.tensor([x["category_id"] for x in objects], dtype=torch.int64),
+            image_id=known["id"],
         )
         return tv_tensors.Image(image), target
 
     def truth(self) -> "COCO":
-        """The images and objects as COCO's evaluation takes them, with labels for category ids. The
-        area, here the box's, counts only for measures that we do not take."""
-        truth, images, known = COCO(), [], []
-        for image_id, h, w, objects in map(self.item, range(len(self))):
-            images.append(dict(id=image_id, height=h, width=w))
-            for label, box, segmentation, crowd in objects:
-                one = dict(image_id=image_id, category_id=label, area=box[2] * box[3], bbox=box)
-                one |= dict(segmentation=segmentation, iscrowd=int(crowd))
-                known.append(one | dict(id=len(known) + 1))  # COCOeval takes 0 for no match
+        """The images and objects as COCO's evaluation takes them. The area, here the box's, counts
+        only for measures that we do not take."""
+        truth = COCO()
+        images, objects = zip(*map(self.item, range(len(self))), strict=True)
+        objects = [*chain(*objects)]
+        for k, x in enumerate(objects, start=1):  # COCOeval takes 0 for no match
+            x |= dict(id=k, area=x["bbox"][2] * x["bbox"][3])
         kinds = [dict(id=label, name=name) for label, name in enumerate(self.classes, start=1)]
-        truth.dataset = dict(images=images, annotations=known, categories=kinds)
-        truth.dataset["info"] = {}  # older pycocotools ask for it
+        # older pycocotools ask for info
+        truth.dataset = dict(images=images, annotations=objects, categories=kinds, info={})
         truth.createIndex()
         return truth
 
@@ -209,19 +204,18 @@ def usable(annotation: dict, h: int, w: int) -> bool:
     lengths of the image's size, and nothing is farther outside of the image than that is large.
     Other input may end pycocotools' process."""
     far = max(h, w)
-
-    def near(*places: float) -> bool:
-        return -far <= min(places) and max(places) <= 2 * far and math.isfinite(sum(places))
-
     try:
         (x, y, width, height), shape = annotation["bbox"], annotation["segmentation"]
-        if not (near(x, y, x + width, y + height) and min(width, height) >= 0):
+        polygons = shape if isinstance(shape, list) else []
+        places = [x, y, x + width, y + height, *chain(*polygons)]
+        near = -far <= min(places) and max(places) <= 2 * far and math.isfinite(sum(places))
+        if not near or min(width, height) < 0:
             return False
-        if isinstance(shape, list):
-            return all(len(p) >= 6 and len(p) % 2 == 0 and near(*p) for p in shape) and shape != []
+        if polygons:
+            return all(len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
         counts = shape["counts"] if isinstance(shape["counts"], list) else runs(shape["counts"])
         return [*shape["size"]] == [h, w] and min(counts) >= 0 and sum(map(int, counts)) == h * w
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
 
 
@@ -238,21 +232,13 @@ def runs(packed: str) -> list[int]:
     return counts
 
 
-def decode(segmentation: list | dict, h: int, w: int) -> np.ndarray:
-    """A `usable` object's mask of 0 and 1, uint8 (h, w), from polygons [x, y, x, y, …] or run
-    lengths, column by column, beginning with zeros, as numbers or packed into a string."""
-    coco = COCO()
-    coco.imgs[0] = dict(height=h, width=w)
-    return coco.annToMask(dict(image_id=0, segmentation=segmentation))
-
-
+@functools.lru_cache(maxsize=1)  # for one picture after the other
 def load_coco(root: Path, split: str) -> COCODetection:
     """A split, as this file's first lines say. Raises UserError for an annotation file that is not
     COCO's, has two images or categories of one id, or names an image or category that is not there.
     """
     folder = root / f"{split}2017"
     file = annotation_file(folder)
-    require(file.is_file(), f"--data {root}: there is no {file}")
     try:
         content = json.loads(file.read_bytes())
         images, categories, found = (content[k] for k in ("images", "categories", "annotations"))
@@ -261,37 +247,27 @@ def load_coco(root: Path, split: str) -> COCODetection:
         kinds = {x["id"]: x["name"] for x in categories}
         label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
         annotated, used = ({x[k] for x in found} for k in ("image_id", "category_id"))
-        unlisted = dict(image=annotated - names.keys(), category=used - kinds.keys())
         there = files_in(folder)
         missing = sorted({*names.values()} - {*there})
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
-    require(kinds and names, f"{file} names no images, or no categories")
-    require(min(map(min, sizes.values())) > 0, f"{file} has an image without size")
-    for what, listed, key in (
-        ("images of the id", images, "id"),
-        ("images of the name", images, "file_name"),
-        ("categories of the id", categories, "id"),
-    ):
-        [(value, count)] = Counter(x[key] for x in listed).most_common(1)
-        require(count == 1, f"{file} has two {what} [{value!r}]")
-    for what, ids in unlisted.items():
-        require(not ids, f"{file} has annotations of {what} {[*ids][:1]}, which it does not list")
+    for what, known, needed in (("images", names, annotated), ("categories", kinds, used)):
+        require(len(known) == len(content[what]), f"{file} has two {what} of one id")
+        lone = [*needed - known.keys()][:1]
+        require(not lone, f"{file} has annotations of {what} {lone}, which it does not list")
     require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
     warn(folder, f"images that are not in {file} left out", sorted({*there} - {*names.values()}))
     objects = {image: [] for image in names if split == "val" or image in annotated}
-    require(objects, f"{file} has no annotation of any image")
     wrong = []
     for x in found:
-        h, w = sizes[x["image_id"]]
+        image, (h, w) = x["image_id"], sizes[x["image_id"]]
         if not usable(x, h, w):
-            wrong.append(f"of {names[x['image_id']]}")
+            wrong.append(f"of {names[image]}")
             continue
         (left, top, width, height), crowd = x["bbox"], x.get("iscrowd") not in (None, 0, "0")
         inside = min(left + width, w) - max(left, 0), min(top + height, h) - max(top, 0)
         if split == "val" or (min(inside) >= 1 and not crowd):
-            one = label_of[x["category_id"]], x["bbox"], x["segmentation"], crowd
-            objects[x["image_id"]].append(one)
+            objects[image].append((label_of[x["category_id"]], x["bbox"], x["segmentation"], crowd))
     warn(file, "objects without a box or segmentation that can be drawn left out", wrong)
     items = [json.dumps((k, *sizes[k], v)).encode() for k, v in objects.items()]
     return COCODetection(
@@ -305,10 +281,6 @@ def load_coco(root: Path, split: str) -> COCODetection:
     )
 
 
-# for one picture after the other
-load_coco_once = functools.lru_cache(maxsize=1)(load_coco)
-
-
 class FeaturePyramid(nn.Module):
     """torchvision's backbone for `mask_rcnn`: images (B, C, H, W) -> maps (B, width, ·, ·) of
     strides 4 to 64, float32, computed under autocast to `dtype`."""
@@ -319,19 +291,10 @@ class FeaturePyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork([vit.config.width] * 4, width, LastLevelMaxPool())
         self.out_channels, self.dtype = width, dtype
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         with autocast(images.device, self.dtype):
-            maps = self.fpn(OrderedDict(zip("0123", self.pyramid(images))))
-        return OrderedDict((name, at_least_float32(x)) for name, x in maps.items())
-
-
-class FullPrecisionMaskRCNN(detection.MaskRCNN):
-    """Anchors and boxes take the maps' dtype, and in bfloat16 the place 1001 is 1000: whatever
-    autocast surrounds the call, only the backbone opens one."""
-
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
-        with autocast(images[0].device, torch.float32):
-            return super().forward(images, targets)
+            maps = self.fpn(dict(zip("0123", self.pyramid(images))))
+        return {name: at_least_float32(x) for name, x in maps.items()}
 
 
 def mask_rcnn(
@@ -348,15 +311,15 @@ def mask_rcnn(
     It takes a list of images, float (C, h, w), ImageNet-normalised; num_classes counts the
     background, class 0. An image's short side becomes one of `sizes`, drawn in training and the
     last in evaluation, the long side at most `longest`. Anchors are torchvision's, 8 strides a
-    side. Encoder and FPN run under autocast to `dtype`, all else in float32. more: torchvision's
-    other arguments.
+    side. Encoder and FPN run under autocast to `dtype`; anchors and boxes would lose pixels by it.
+    more: torchvision's other arguments.
     """
-    model = FullPrecisionMaskRCNN(
+    model = detection.MaskRCNN(
         FeaturePyramid(vit, width, dtype),
         min_size=sizes,
         max_size=longest,
-        image_mean=(0.0, 0.0, 0.0),
-        image_std=(1.0, 1.0, 1.0),
+        image_mean=(0.0,) * 3,
+        image_std=(1.0,) * 3,
         box_head=detection.faster_rcnn.TwoMLPHead(width * 7**2, 4 * width),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
         mask_head=detection.mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
@@ -368,16 +331,13 @@ def mask_rcnn(
 
 
 def detections(output: dict[str, Tensor]) -> list[dict]:
-    """What torchvision's model found on an image, as COCO's results, but for the ids. output: boxes
-    float (n, 4), scores (n,), labels int64 (n,), masks float (n, 1, h, w) in [0, 1]."""
+    """What torchvision's model found on an image, as COCO's results, but for the image. output:
+    boxes float (n, 4), scores (n,), labels int64 (n,), masks float (n, 1, h, w) in [0, 1]."""
     masks = (output["masks"][:, 0] > 0.5).permute(1, 2, 0).byte().cpu().numpy()  # (h, w, n)
-    parts = dict(
-        bbox=box_convert(output["boxes"].double(), "xyxy", "xywh").tolist(),
-        segmentation=run_lengths.encode(np.asfortranarray(masks)),
-        label=output["labels"].tolist(),
-        score=output["scores"].tolist(),
-    )
-    return [dict(zip(parts, row)) for row in zip(*parts.values(), strict=True)]
+    boxes = box_convert(output["boxes"].double(), "xyxy", "xywh").tolist()
+    shapes = run_lengths.encode(np.asfortranarray(masks))
+    objects = zip(boxes, shapes, output["labels"].tolist(), output["scores"].tolist(), strict=True)
+    return [dict(zip(("bbox", "segmentation", "category_id", "score"), x)) for x in objects]
 
 
 def coco_scores(found: list[tuple[int, list[dict]]], data: COCODetection) -> dict[str, float]:
@@ -386,9 +346,8 @@ def coco_scores(found: list[tuple[int, list[dict]]], data: COCODetection) -> dic
     found: of each image its id and its `detections`, be they none. The means are over the
     thresholds 0.5, 0.55, …, 0.95 of IoU, or at 0.5 or 0.75; NaN where there is no object.
     """
-    scores, results = {}, []
-    for image, objects in found:
-        results += [one | dict(image_id=image, category_id=one["label"]) for one in objects]
+    scores = {}
+    results = [one | dict(image_id=image) for image, objects in found for one in objects]
     with contextlib.redirect_stdout(io.StringIO()):  # COCO's classes print their progress
         truth = data.truth()
         guesses = truth.loadRes(results) if results else COCO()

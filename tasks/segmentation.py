@@ -26,9 +26,11 @@ from common.data import SMALL, ImageSet, batches, file_names, files_in, normalis
 from common.distributed import autocast, gather, say
 from mirl import Config, ViT, at_least_float32, require
 from tasks.classification import GREY, Classification, wanted_images
-from tasks.dense import Pyramid, data_folder, read_sized, resize_maps, target_of
+from tasks.dense import Pyramid, data_folder, read_sized, target_of
 
 IGNORED = 255  # the label of pixels that count for nothing
+# (B, D, h, w) and a size -> (B, D, *size)
+resize_maps = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
 class Segmentation(Classification):
@@ -39,17 +41,16 @@ class Segmentation(Classification):
     def data(self, split: str) -> ImageSet:
         """As in `Classification`. Raises UserError where no pixel counts; before a training, for
         any wrong label of the validation."""
-        args = self.args
-        data = load_ade20k(data_folder(args.data, args.data_dir), split)
-        data = wanted_images(data, args, split)
+        data = load_ade20k(data_folder(self.args.data, self.args.data_dir), split)
+        data = wanted_images(data, self.args, split)
         pairs = filter(None, map(data.read, range(len(data))))
-        counts = (bool((labels != IGNORED).any()) for _, labels in pairs)
-        if split == "val" and not args.eval:
-            counts = list(counts)  # reads them all, and not up to the first that counts
+        counts = ((labels != IGNORED).any() for _, labels in pairs)
+        if split == "val" and not self.args.eval:
+            counts = [*counts]  # reads them all, and not up to the first that counts
         require(
             any(counts),
-            f"--data {args.data}: no pixel of {split} counts: its annotations hold nothing but 0 "
-            f"and {IGNORED}, and the classes are 1 to {len(data.classes)}",
+            f"--data {self.args.data}: no pixel of {split} counts: its annotations hold nothing "
+            f"but 0 and {IGNORED}, and the classes are 1 to {len(data.classes)}",
         )
         return data
 
@@ -66,12 +67,12 @@ class Segmentation(Classification):
 
     def segment(self, model: nn.Module, image: Tensor, size: tuple[int, int]) -> Tensor:
         """The class of each pixel, int64 (*size), of an image, float32 (3, H, W)."""
-        window = min(model.config.image_hw)
-        slide = functools.partial(slide_inference, size=window, stride=window * 2 // 3)
-        infer = slide if self.args.slide else whole_inference
+        # without --slide, one window over all
+        window = min(model.config.image_hw) if self.args.slide else max(image.shape[1:])
         with autocast(self.device, self.dtype):
             # by __call__, torch.compile would compile once more
-            logits = resize_maps(infer(model.forward, image[None]).float(), size)
+            logits = slide_inference(model.forward, image[None], window, window * 2 // 3)
+            logits = resize_maps(logits, size)
         return logits.argmax(dim=1)[0]
 
     @torch.no_grad()
@@ -90,8 +91,6 @@ class Segmentation(Classification):
         return [segmentation_scores(matrix) for matrix in sum(gather(matrices.cpu()))]
 
     def tell(self, model: nn.Module, classes: list[str], image: Tensor) -> dict:
-        """Print how much of an image, uint8 (3, h, w), is of which class; returns what `overlay`
-        draws of it."""
         x = normalise_images(self.transform(model.config, training=False)(image))
         labels = self.segment(model, x.to(self.device), image.shape[1:]).cpu()
         found = regions(labels, classes)
@@ -142,18 +141,11 @@ class ADE20K(ImageSet):
         image = read_sized(path, labels.shape[1:])
         if image is None:
             return None
-        require(
-            labels.shape == (1, *image.shape[1:]),
-            f"{map_path} is no map of one label for each pixel of its image: it is "
-            f"{tuple(labels.shape)}, the image {tuple(image.shape)}",
-        )
-        ignored = (labels == 0) | (labels == IGNORED)
-        wrong = labels[(labels > len(self.classes)) & ~ignored]
-        require(
-            not len(wrong),
-            f"{map_path} has the label {wrong[:1].tolist()}: the classes are 1 to "
-            f"{len(self.classes)}, and 0 or {IGNORED} for pixels that count for nothing",
-        )
+        fits = labels.shape == (1, *image.shape[1:])
+        require(fits, f"{map_path} is no map of one label for each pixel of its image")
+        ignored, classes = (labels == 0) | (labels == IGNORED), len(self.classes)
+        wrong = labels[(labels > classes) & ~ignored][:1].tolist()
+        require(not wrong, f"{map_path} has the label {wrong}: the classes are 1 to {classes}")
         labels = (labels - 1).masked_fill(ignored, IGNORED)[0].to(torch.uint8)
         return tv_tensors.Image(image), tv_tensors.Mask(labels)
 
@@ -168,10 +160,8 @@ def load_ade20k(root: Path, split: str) -> ADE20K:
     warn(images, "files with the name of another one but for its ending left out", twins)
     stems = {name.removesuffix(".png") for name in files_in(maps, (".png",))}
     require(image_of, f"--data {root}: {images} holds no images")
-    lone = sorted(image_of.keys() - stems)
-    require(not lone, f"--data {root}: {maps} has no annotation {lone[:1]} for an image (.png)")
-    lone = sorted(stems - image_of.keys())
-    require(not lone, f"--data {root}: {images} has no image {lone[:1]} for an annotation")
+    lone = sorted(image_of.keys() ^ stems)[:1]
+    require(not lone, f"--data {root}: {lone} is not in both {images} and {maps} (.png)")
     names = file_names([os.path.join(part, name) for name in image_of.values()])
     return ADE20K(names, torch.full((len(names),), -1), class_names(root), str(root))
 
@@ -182,19 +172,14 @@ def class_names(root: Path) -> list[str]:
     for path in (root / "objectInfo150.txt", root / "classes.txt"):  # the latter wins
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            lines = [line for line in lines if line.strip() and not line.startswith("Idx\t")]
-            classes = [line.split("\t")[-1].strip() for line in lines]
+            lines = [x for x in lines if x.strip() and not x.startswith("Idx\t")]
+            classes = [x.split("\t")[-1].strip() for x in lines]
             require(0 < len(classes) < IGNORED, f"{path} must name 1 to {IGNORED - 1} classes")
     return classes
 
 
 class VariedCrop(v2.RandomCrop):
-    """A random crop, drawn anew up to ten times while one class covers over 75 % of its labels.
-    What is missing of smaller images is of the mean colour, and ignored."""
-
-    def __init__(self, size: int):
-        fill = {tv_tensors.Image: GREY, tv_tensors.Mask: IGNORED}
-        super().__init__(size, pad_if_needed=True, fill=fill)
+    """A random crop, drawn anew up to ten times while one class covers over 75 % of its labels."""
 
     def make_params(self, flat_inputs: list) -> dict:
         labels = next(x for x in flat_inputs if isinstance(x, tv_tensors.Mask))
@@ -210,9 +195,9 @@ def segment_transform(size: int, training: bool) -> Callable:
     """(image, labels), uint8 (3, h, w) and (h, w) -> the same, moved alike. [S A.2, BEiT]
 
     In training the short side becomes `size` times a draw from [0.5, 2], for sizes up to 64 `size`;
-    then a crop of size × size, a flip, and changes of brightness, contrast, saturation and hue,
-    each with probability 1/2. In validation the image's short side becomes `size`, the long one at
-    most four times that, and the labels stay.
+    then a crop of size × size, whose missing pixels are grey and ignored, a flip, and changes of
+    brightness, contrast, saturation and hue, each with probability 1/2. In validation the image's
+    short side becomes `size`, the long one at most four times that, and the labels stay.
     """
     if not training:
         # of two plain tensors v2 takes the first for the image, and leaves the other alone
@@ -220,9 +205,11 @@ def segment_transform(size: int, training: bool) -> Callable:
     scale = v2.Resize(size)
     if size > SMALL:
         scale = v2.RandomShortestSize(range(size // 2, 2 * size + 1), max_size=8 * size)
+    fill = {tv_tensors.Image: GREY, tv_tensors.Mask: IGNORED}
+    crop = VariedCrop(size, pad_if_needed=True, fill=fill)
     strengths = dict(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.1)
     distortion = [v2.RandomApply([v2.ColorJitter(**{k: s})]) for k, s in strengths.items()]
-    moves = [scale, VariedCrop(size), v2.RandomHorizontalFlip()]
+    moves = [scale, crop, v2.RandomHorizontalFlip()]
     return v2.Compose([*moves, *distortion, v2.ToPureTensor()])
 
 
@@ -322,9 +309,6 @@ def segmentation_scores(matrix: Tensor) -> dict[str, float]:
     accuracy, in percent. A class that is nowhere does not count."""
     matrix = matrix.double()
     hits, truth, found = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
-    scores = dict(
-        miou=(hits / (truth + found - hits)).nanmean(),
-        macc=(hits / truth).nanmean(),
-        aacc=hits.sum() / truth.sum(),
-    )
+    iou, recall = hits / (truth + found - hits), hits / truth
+    scores = dict(miou=iou.nanmean(), macc=recall.nanmean(), aacc=hits.sum() / truth.sum())
     return {name: 100 * score.item() for name, score in scores.items()}

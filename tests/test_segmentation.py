@@ -14,8 +14,7 @@ from test_dense import answers, loader, noise, vit
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-from common.data import normalise_images, read_image
-from mirl import UserError
+from common.data import normalise_images
 from tasks import segmentation as seg
 from tasks.segmentation import Segmentation, load_ade20k, segment_transform
 
@@ -28,12 +27,14 @@ def test_ade20k(tmp_path):
     data = load_ade20k(ade(tmp_path), "val")
     assert len(data) == 3 and data.classes[0] == "kind 1" and len(data.classes) == 150
     image, labels = data.read(1)
-    file = tmp_path / "annotations" / "validation" / "ADE_val_00000001.png"
+    kept = np.array(Image.open(tmp_path / "annotations/validation/ADE_val_00000001.png"))
     assert image.shape == (3, 30, 40) and isinstance(labels, tv_tensors.Mask)
-    for got, kept in zip(labels.flatten(), np.array(Image.open(file)).flatten(), strict=True):
-        assert got == (255 if kept == 0 else kept - 1)
+    assert np.array_equal(labels, np.where(kept == 0, 255, kept - 1))
     (tmp_path / "objectInfo150.txt").unlink()
     assert len(load_ade20k(tmp_path, "val").classes) == 150
+    (tmp_path / "classes.txt").write_text("x\n" * 255)
+    refused(load_ade20k, tmp_path, "val", message="must name 1 to 254 classes")
+    (tmp_path / "classes.txt").unlink()
     two = data.select(torch.tensor([2, 0]))
     assert torch.equal(two.read(0)[1], data.read(2)[1]) and two.digest() != data.digest()
     assert load_ade20k(tmp_path, "train").digest() != data.digest()
@@ -45,12 +46,10 @@ def test_labels_outside_the_range_are_named(tmp_path):
     file = tmp_path / "annotations" / "training" / "ADE_train_00000000.png"
     Image.fromarray(np.array([[0, 1, 2, 255]] * 30, np.uint8).repeat(10, axis=1)).save(file)
     assert data.read(0)[1].unique().tolist() == [0, 1, 255]
-    with pytest.raises(UserError, match=r"00000001\.png has the label .*the classes are 1 to 2"):
-        data.read(1)
+    refused(data.read, 1, message=r"00000001\.png has the label .*the classes are 1 to 2")
     for image in (Image.new("L", (7, 5)), Image.new("L", (30, 40)), Image.new("RGB", (40, 30))):
         image.save(file)
-        with pytest.raises(UserError, match=r"0\.png is no map of one label for each pixel"):
-            data.read(0)
+        refused(data.read, 0, message=r"0\.png is no map of one label for each pixel")
 
 
 def test_a_photo_lies_as_its_labels_do_and_two_of_one_name_are_one(tmp_path, capsys):
@@ -75,19 +74,23 @@ def test_a_photo_lies_as_its_labels_do_and_two_of_one_name_are_one(tmp_path, cap
     ("missing", "message"),
     [
         ("images", "images/training holds no images"),
-        ("annotations/training/ADE_train_00000001.png", r"no annotation .*_00000001.* for an im"),
-        ("images/training/ADE_train_00000002.jpg", r"has no image .*_00000002.* for an annotation"),
-        (None, "must name 1 to 254 classes"),
+        ("annotations/training/ADE_train_00000001.png", r"_00000001'\] is not in both .*/images/"),
+        ("images/training/ADE_train_00000002.jpg", r"_00000002'\] is not in both .*/images/"),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path, missing, message):
     root = ade(tmp_path / "data")
-    if missing:
-        (root / missing).rename(tmp_path / "elsewhere")
-    else:
-        (root / "classes.txt").write_text("x\n" * 255)
-    with pytest.raises(UserError, match=message):
-        load_ade20k(root, "train")
+    (root / missing).rename(tmp_path / "elsewhere")
+    refused(load_ade20k, root, "train", message=message)
+
+
+def test_before_a_training_all_labels_of_the_validation_are_read(tmp_path):
+    file = ade(tmp_path) / "annotations/validation/ADE_val_00000002.png"
+    Image.new("L", (40, 30), 151).save(file)
+    args = dict(dtype="fp32", data=str(tmp_path), data_dir="", val_images=None)
+    assert len(Segmentation(Namespace(**args, eval=True), CPU).data("val")) == 3
+    train = Segmentation(Namespace(**args, eval=False), CPU)
+    refused(train.data, "val", message=r"_00000002.png has the label \[151\]")
 
 
 def marked(h, w):
@@ -114,12 +117,18 @@ def test_transforms_move_image_and_labels_alike(size, h, w):
     assert (len(sides) > 1) == (size > 64)  # scales differ, but for small images
     image, labels = segment_transform(size, False)(*marked(h, w))
     assert min(image.shape[1:]) == size and labels.shape == (h, w)
-    if (size, h) == (96, 96):  # scales are spread from a half to two
-        scale, given = segment_transform(size, True).transforms[0], marked(h, w)
-        sides = torch.tensor([min(scale(*given)[0].shape[1:]) for _ in range(300)]) / size
-        assert (
-            0.5 <= sides.min() < 0.6 and 1.9 < sides.max() <= 2 and abs(sides.mean() - 1.25) < 0.08
-        )
+
+
+def test_scales_are_spread_from_a_half_to_two_and_lengths_limited():
+    assert segment_transform(64, False)(*marked(16, 96))[0].shape == (3, 42, 256)
+    torch.manual_seed(0)
+    scale, given = segment_transform(96, True).transforms[0], marked(96, 96)
+    sides = torch.tensor([min(scale(*given)[0].shape[1:]) for _ in range(300)]) / 96
+    assert 0.5 <= sides.min() < 0.6 and 1.9 < sides.max() <= 2 and abs(sides.mean() - 1.25) < 0.08
+
+
+def crop_to(size):
+    return segment_transform(size, True).transforms[1]
 
 
 def test_a_crop_is_drawn_anew_while_one_class_covers_too_much():
@@ -128,7 +137,7 @@ def test_a_crop_is_drawn_anew_while_one_class_covers_too_much():
     labels = torch.zeros(100, 100, dtype=torch.uint8)
     labels[:40, :40], labels[60:, 60:] = 1, 255  # 255 counts for nothing
     given = tv_tensors.Image(labels.expand(3, 100, 100)), tv_tensors.Mask(labels)
-    crop = seg.VariedCrop(40)
+    crop = crop_to(40)
 
     def varied(labels):
         counts = torch.bincount(labels.flatten().long(), minlength=256)[:255]
@@ -141,7 +150,7 @@ def test_a_crop_is_drawn_anew_while_one_class_covers_too_much():
 
 def test_missing_pixels_are_ignored_and_of_the_mean_colour():
     image = tv_tensors.Image(torch.full((3, 20, 50), 9, dtype=torch.uint8))
-    image, labels = seg.VariedCrop(40)(image, tv_tensors.Mask(torch.ones_like(image[0])))
+    image, labels = crop_to(40)(image, tv_tensors.Mask(torch.ones_like(image[0])))
     missing = labels == 255
     assert missing.sum() == 20 * 40 and (image[:, ~missing] == 9).all()
     assert normalise_images(image)[:, missing].abs().max() < 0.02
@@ -190,16 +199,15 @@ def test_upernet_equals_transformers():
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_loss_in_loops():
+def test_loss_by_hand():
     """Ignored pixels count as 0; one of the images has no other."""
     out = dict(out=noise(3, 4, 3, 5), aux=noise(3, 4, 3, 5, seed=1))
     labels = torch.randint(4, (3, 3, 5), generator=torch.Generator().manual_seed(2))
     labels[0, 1, :3] = labels[2] = 255
-    sums = dict(out=0.0, aux=0.0)
+    known, sums = labels != 255, {}
     for name, logits in out.items():
-        for b, i, j in (labels != 255).nonzero().tolist():
-            p = logits[b, :, i, j].softmax(dim=0)[labels[b, i, j]]
-            sums[name] -= p.log().item() / (3 * 3 * 5)
+        p = logits.softmax(dim=1).movedim(1, 3)[known]  # (pixels, classes)
+        sums[name] = -p[range(len(p)), labels[known]].log().sum().item() / (3 * 3 * 5)
     expected = pytest.approx(sums["out"] + 0.4 * sums["aux"], rel=1e-5)
     assert seg.segmentation_loss(out, labels).item() == expected
     assert task().losses(lambda _: out, None, labels.byte())["loss"].item() == expected
@@ -214,17 +222,15 @@ def local(images):
     return logits.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
-def test_an_image_of_one_window_is_seen_whole():
-    images = noise(2, 3, 32, 32)
-    torch.testing.assert_close(seg.slide_inference(local, images, 32, 16), local(images))
-    smaller = images[:, :, :21, :27]
+def test_an_image_smaller_than_a_window_is_padded():
+    smaller = noise(2, 3, 21, 27)
     padded = local(F.pad(smaller, (0, 5, 0, 11)))[:, :, :21, :27]
     for found in (seg.slide_inference(local, smaller, 32, 16), seg.whole_inference(local, smaller)):
         torch.testing.assert_close(found, padded)
 
 
 @pytest.mark.parametrize(
-    ("h", "w", "stride"), [(32, 80, 21), (41, 71, 21), (65, 32, 16), (96, 64, 32)]
+    ("h", "w", "stride"), [(32, 80, 21), (41, 71, 21), (65, 32, 16), (96, 64, 32), (32, 32, 16)]
 )
 def test_windows_by_loops(h, w, stride):
     images, size = noise(2, 3, h, w), 32
@@ -252,38 +258,36 @@ def test_the_windows_of_the_paper():
         return images[:, :2]
 
     places = torch.meshgrid(torch.arange(683.0), torch.arange(1000.0), indexing="ij")
-    image = torch.stack([*places, places[0]])
+    image, small = torch.stack([*places, places[0]]), answers(model, image_size=512)
     with torch.no_grad():
-        task(slide=True).segment(answers(model, image_size=512), image, (683, 1000))
-        whole = task().segment(answers(lambda x: x[:, :2], image_size=512), image, (68, 100))
-    assert seen == [((512, 512), y, x) for y in (0, 171) for x in (0, 341, 488)]
+        task(slide=True).segment(small, image, (683, 1000))
+        assert seen == [((512, 512), y, x) for y in (0, 171) for x in (0, 341, 488)]
+        whole = task().segment(small, image, (68, 100))
+    assert seen[6:] == [((704, 1024), 0, 0)]
     assert whole.shape == (68, 100) and whole.float().mean() > 0.5  # class 1 where x > y
 
 
-def test_scores_by_loops():
+def test_scores_by_hand():
     g = torch.Generator().manual_seed(0)
     truth = torch.randint(6, (2, 9, 7), generator=g).to(torch.uint8)
     truth[truth == 5] = 255
     truth[truth == 3] = 0  # class 3 is predicted alone
     guess = torch.randint(5, (2, 9, 7), generator=g)
     guess[guess == 4] = 1  # and class 4 is in the labels alone
-    pairs = zip(truth.flatten().tolist(), guess.flatten().tolist(), strict=True)
-    pairs = [(t, p) for t, p in pairs if t != 255]
-    ious, accuracies = [], []
+    known, ious, accuracies = truth != 255, [], []
     for c in range(7):  # classes 5 and 6 are nowhere
-        both = sum(t == p == c for t, p in pairs)
-        either = sum(c in (t, p) for t, p in pairs)
-        own = sum(t == c for t, _ in pairs)
+        own, found = truth == c, (guess == c) & known
+        both, either = (own & found).sum().item(), (own | found).sum().item()
         ious += [both / either] if either else []
-        accuracies += [both / own] if own else []
+        accuracies += [both / own.sum().item()] if own.any() else []
     matrix = seg.confusion_matrix(guess, truth, 7)
-    assert matrix.dtype == torch.int64 and matrix.sum() == len(pairs)
-    assert matrix[4, 1] == sum(pair == (4, 1) for pair in pairs) > 0  # rows are the labels
+    assert matrix.dtype == torch.int64 and matrix.sum() == known.sum()
+    assert matrix[4, 1] == ((truth == 4) & (guess == 1)).sum() > 0  # rows are the labels
     scores = seg.segmentation_scores(matrix)
     assert len(ious) == 5 and len(accuracies) == 4
     assert scores["miou"] == pytest.approx(100 * sum(ious) / 5)
     assert scores["macc"] == pytest.approx(100 * sum(accuracies) / 4)
-    assert scores["aacc"] == pytest.approx(100 * sum(t == p for t, p in pairs) / len(pairs))
+    assert scores["aacc"] == pytest.approx(100 * (truth == guess)[known].float().mean().item())
 
 
 def bright(images):
@@ -292,24 +296,25 @@ def bright(images):
     return torch.cat([-mean, mean, mean - 99], dim=1)
 
 
-def two_sizes(root):
-    """Images of two sizes; 1/8 of the first and 1/2 of the others are not what `bright` sees."""
-    for folder in ("images", "annotations"):
-        (root / folder / "validation").mkdir(parents=True)
-    for i, (h, w) in enumerate(((48, 96), (96, 48), (96, 48))):
-        image, labels = marked(h, w)
-        TF.to_pil_image(image).save(root / "images" / "validation" / f"{i}.png")
-        labels = labels + 1
-        labels[: h // (2 if i else 8)] = 3
-        TF.to_pil_image(labels).save(root / "annotations" / "validation" / f"{i}.png")
-    (root / "classes.txt").write_text("dark\nbright\nnever\n")
-    return load_ade20k(root, "val")
+def add(root, name, image, labels):
+    """An image and its labels, in the layout."""
+    for folder, pixels in (("images", image), ("annotations", labels)):
+        path = root / folder / "validation" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TF.to_pil_image(pixels).save(path)
 
 
 @pytest.mark.parametrize("slide", [False, True])
 def test_scores_are_at_the_size_of_the_labels(tmp_path, slide):
-    """An image that cannot be read counts for nothing."""
-    data, model = two_sizes(tmp_path), answers(bright, image_size=48).train()
+    """Of images of two sizes, 1/8 of the first and 1/2 of the others are not what `bright` sees. An
+    image that cannot be read counts for nothing."""
+    for i, (h, w) in enumerate(((48, 96), (96, 48), (96, 48))):
+        image, labels = marked(h, w)
+        labels = labels + 1
+        labels[: h // (2 if i else 8)] = 3
+        add(tmp_path, f"{i}.png", image, labels)
+    (tmp_path / "classes.txt").write_text("dark\nbright\nnever\n")
+    data, model = load_ade20k(tmp_path, "val"), answers(bright, image_size=48).train()
     inverse = answers(lambda images: bright(-images), image_size=48)
     images = loader(data, segment_transform(48, False), keep_labels=False)
     right, wrong = task(slide=slide).evaluate([model, inverse], images)
@@ -335,31 +340,23 @@ def test_what_is_seen_is_told_and_drawn(capsys):
 def test_what_is_known_of_an_image(tmp_path):
     """Its labels but for those that count for nothing; a sentence where they do not fit it, as
     where they are of the image as it is stored, and that is turned."""
-    root, classes = tmp_path, ["cat", "dog"]
-    for folder in ("images/validation", "annotations/validation", "elsewhere/validation"):
-        (root / folder).mkdir(parents=True)
-    (root / "classes.txt").write_text("cat\ndog\n")
-    labels = np.array([[0, 0, 2, 2], [1, 255, 2, 2], [1, 1, 2, 2], [1, 1, 1, 1]], np.uint8)
-    photo = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    path, classes = tmp_path / "images/validation/a.png", ["cat", "dog"]
+    labels = torch.tensor([[0, 0, 2, 2], [1, 255, 2, 2], [1, 1, 2, 2]], dtype=torch.uint8)
+    photo = torch.arange(36, dtype=torch.uint8).view(3, 3, 4)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
 
-    def truth(labels=labels, classes=classes, place="images", **how):
-        Image.fromarray(labels).save(root / "annotations/validation/a.png")
-        path = str(root / place / "validation/a.png")
-        photo.save(path, **how)
-        return task().truth(path, classes, read_image(path, upright=True))
+    def truth(labels=labels, classes=classes, path=path, image=photo):
+        add(tmp_path, "a.png", photo, labels)
+        return task().truth(str(path), classes, image)
 
     known = truth()
     assert known["names"] == classes and known["kinds"] == [0, 1]
-    masks = np.stack([labels == 1, labels == 2])
-    assert np.array_equal(known["masks"].numpy(), masks)
+    assert torch.equal(known["masks"], torch.stack([labels == 1, labels == 2]))
     assert truth(labels * 0)["names"] == []
-    assert truth(place="elsewhere") is None
+    assert truth(path=tmp_path / "elsewhere/validation/a.png") is None
     refused(truth, labels + 5, message=r"has the label \[5\]")
-    refused(truth, labels[:3], message="is no map of one label for each pixel")
+    refused(truth, labels[:2], message="is no map of one label for each pixel")
     refused(truth, classes=["cow", "dog"], message="has other classes than the model")
-    turned = Image.Exif()
-    turned[0x0112] = 3  # upside down
-    refused(truth, exif=turned, message="cannot be read, or is turned")
-    (root / "annotations/validation/a.png").unlink()
-    path = str(root / "images/validation/a.png")
-    assert task().truth(path, classes, read_image(path)) is None
+    refused(truth, image=photo.flip(1, 2), message="cannot be read, or is turned")
+    (tmp_path / "annotations/validation/a.png").unlink()
+    assert task().truth(str(path), classes, photo) is None
