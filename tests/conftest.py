@@ -221,7 +221,7 @@ def coco(folder, change=lambda content: None):
     images = [dict(id=k, file_name=n, height=31, width=45) for k, n in names.items()]
     kinds = {90: "toothbrush", 1: "person", 3: "car"}.items()
     categories = [dict(id=k, name=name) for k, name in kinds]
-    content = dict(images=images, annotations=annotations, categories=categories)
+    content = dict(images=images, annotations=annotations, categories=categories, info={})
     change(content)
     (folder / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
