@@ -9,7 +9,6 @@ with a time limit of its own. Results are printed as they come and kept in --out
 a part says in --out/PART/log.txt. Without a GPU the CPU does small things.
 """
 
-import argparse
 import contextlib
 import copy
 import json
@@ -31,6 +30,7 @@ import bench_peers
 
 import eval_speed
 import mirl
+from common.cli import RecipeParser
 
 ROOT = Path(mirl.__file__).parent
 FOUND = "found: "  # begins those lines of a part's log that are its results
@@ -222,29 +222,31 @@ def why_not(name: str, gpus: int, seconds: float) -> str:
 
 def run(name: str, folder: Path, gpus: int, until: float) -> dict:
     """Run a part, at most until this time, in a process of its own; the part's report."""
-    began, results = time.monotonic(), {}
+    began, results, words = time.monotonic(), {}, []
     limit = min(PARTS[name][0], until - began)
     if why := why_not(name, gpus, limit):
-        return dict(state="skipped", seconds=0, results=results, words=[why])
+        return dict(state="skipped", seconds=0, results={}, words=[why])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    command, log = [sys.executable, __file__, "--part", name, str(gpus)], folder / "log.txt"
+    command, path = [sys.executable, __file__, "--part", name, str(gpus)], folder / "log.txt"
     how = dict(cwd=folder, stderr=subprocess.STDOUT, start_new_session=True)
-    process = subprocess.Popen(command, stdout=log.open("w"), **how)
+    with path.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, **how)
     RUNNING.add(process)
     try:
-        ok, words = process.wait(limit) == 0, []
+        code = process.wait(limit)
     except subprocess.TimeoutExpired:
-        ok, words = name == "depth", ["stopped at its time limit"]  # depth takes all there is
+        code = None
     end(process)
-    for line in filter(str.strip, log.read_text(errors="replace").splitlines()):
+    for line in filter(str.strip, path.read_text(errors="replace").splitlines()):
         if line.startswith(FOUND):
             results |= json.loads(line.removeprefix(FOUND))
         else:
             words.append(line[:300])
-    words = [] if ok else words[:1] + words[1:][-8:]
-    seconds, state = round(time.monotonic() - began, 1), "ok" if ok else "FAILED"
-    return dict(state=state, seconds=seconds, results=results, words=words)
+    words = words[-8:] + ["stopped at its time limit"] * (code is None)
+    ok = code == 0 or (code is None and name == "depth")  # which takes all there is
+    part = dict(state="ok" if ok else "FAILED", seconds=round(time.monotonic() - began, 1))
+    return dict(part, results=results, words=[] if ok else words)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -256,9 +258,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = RecipeParser(__doc__, {})
     parser.add_argument("--minutes", type=float, default=10, help="in all; default 10")
     parser.add_argument("--out", type=Path, default="runs/on-gpu", help="default runs/on-gpu")
     parts = dict(nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
