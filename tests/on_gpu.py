@@ -27,12 +27,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_peers
+from conftest import ROOT, image_folder, metrics
 
 import eval_speed
 import mirl
 from common.cli import RecipeParser
 
-ROOT = Path(mirl.__file__).parent
 FOUND = "found: "  # begins those lines of a part's log that are its results
 
 # -- What parts use, each in a process and a folder of its own. gpus: 0 for small things on the CPU
@@ -54,17 +54,9 @@ def training(kind: str, gpus: int, *flags) -> list:
     command = [ROOT / f"train_{kind}.py", "--out", kind]
     if gpus:
         return [*command, "--device", "cuda", "--workers", 4, *flags]
-    from conftest import image_folder
-
     few = ["--train-images", 16, "--val-images", 8]
     few = few if "--task" in flags else ["--data", image_folder(Path("images"))]
     return [*command, "--device", "cpu", "--workers", 1, "--batch-size", 8, *few, *flags]
-
-
-def epochs(out: str) -> list[dict]:
-    """The records of the epochs in a run's log."""
-    records = map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["kind"] == "epoch"]
 
 
 # -- Does it work?
@@ -117,14 +109,14 @@ def quick(gpus: int) -> None:
         start = ["--from", "pretrain/encoder.pt"] if kind == "finetune" else []
         command, saved = training(kind, gpus, *few, *start), Path(kind, "checkpoint.pt")
         process = subprocess.Popen([sys.executable, *map(str, command)])
-        while process.poll() is None and not (saved.exists() and epochs(kind)):
+        while process.poll() is None and not (saved.exists() and metrics(kind, "epoch")):
             time.sleep(0.01)
         process.kill()
         if process.wait() >= 0:
             sys.exit("it ended before it could be killed")
-        first = epochs(kind)[0]
+        first = metrics(kind, "epoch")[0]
         python(*command, "--resume")
-        seen = epochs(kind)  # one trained again has another speed
+        seen = metrics(kind, "epoch")  # one trained again has another speed
         again = first["images_per_second"] != seen[0]["images_per_second"]
         if again or [e["epoch"] for e in seen] != list(range(1, len(seen) + 1)):
             sys.exit(f"resumed after {first}, it logged {seen}")
@@ -134,7 +126,7 @@ def quick(gpus: int) -> None:
 def two_epochs(kind: str, *flags: str, gpus: int) -> None:
     scratch = ["--from", "scratch"] if kind == "finetune" else []
     python(*training(kind, gpus, "--epochs", 2, "--warmup-epochs", 1, *scratch, *flags))
-    last = epochs(kind)[-1]
+    last = metrics(kind, "epoch")[-1]
     found(**{k: last[k] for k in ("loss", "raw_miou", "raw_mask_ap") if k in last})
 
 
@@ -145,7 +137,7 @@ def torchrun(gpus: int) -> None:
         flags = ["--epochs", 2, "--out", f"run-{count}"]
         flags += ["--batch-size", 64 // count * count] if gpus else []
         python(*launcher, *training("pretrain", gpus, *flags))
-        found(**{f"loss of {count}": epochs(f"run-{count}")[-1]["loss"]})
+        found(**{f"loss of {count}": metrics(f"run-{count}", "epoch")[-1]["loss"]})
 
 
 # -- How fast is it?
