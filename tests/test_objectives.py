@@ -169,10 +169,11 @@ def test_a_run_with_all_objectives(tmp_path, vgg16):
     vgg16 = stored(tmp_path / "vgg16.pth", vgg16.float().state_dict())
     flags = ["--method", "mae", "--omega", 0.1, "--feature-weight", 0.2, "--vgg-weight", 0.3]
     flags += ["--feature-negatives", "none", "--vgg-checkpoint", vgg16, "--log-grad-norms"]
+    flags += ["--device-batch-size", 1]  # in which InfoNCE has no negatives
     assert pretrain("--out", tmp_path / "run", *flags) == 0
     for line in metrics(tmp_path / "run", "step"):
         total = line["loss_1"] + 0.1 * line["main"] + 0.2 * line["feature"] + 0.3 * line["vgg"]
-        assert line["loss"] == pytest.approx(total, rel=1e-5) and line["feature"] < 4  # 2 - 2·cos
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
         for kind in ("qkv", "mlp", "norm", "proj"):
             assert len(line[f"grad_{kind}"]) == 6 and min(line[f"grad_{kind}"]) > 0
 
