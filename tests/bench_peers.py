@@ -16,12 +16,10 @@ precision and optimiser, starts at random and takes its turn. Sizes agree but fo
 On 2 cores, inference and MAE's steps are level with timm's, torchvision's and transformers'.
 """
 
-import argparse
-import functools
 import importlib.util
 import sys
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +47,8 @@ class TimmMAE(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import Block
 
-        D, d, norm = config.width, config.decoder_width, functools.partial(nn.LayerNorm, eps=1e-6)
-        block = functools.partial(Block, qkv_bias=True, norm_layer=norm)
+        D, d, norm = config.width, config.decoder_width, partial(nn.LayerNorm, eps=1e-6)
+        block = partial(Block, qkv_bias=True, norm_layer=norm)
         self.config, self.encoder = config, mirl.ViT(replace(config, depth=1, pool="none"))
         self.encoder.blocks = nn.Sequential(*(block(D, config.heads) for _ in range(config.depth)))
         self.embed, self.decoder_norm = nn.Linear(D, d), norm(d)
@@ -101,25 +99,18 @@ def peer(library: str, name: str, mode: str) -> nn.Module:
     return VisionTransformer(**sizes, depth=c.depth, num_heads=c.heads, class_token=True)
 
 
-def makers(name: str, args: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
-    """What builds our model `name` and the peers, by label."""
-    ours = functools.partial(eval_speed.build, name, args.mode)
-    out = {name: functools.partial(ours, args.method)}
-    if (args.mode, args.method) == ("pretrain", "mirl"):
-        out[f"{name} (mae)"] = functools.partial(ours, "mae")
-    for library in PEERS[args.mode]:
-        out[f"{name} ({library})"] = functools.partial(peer, library, name, args.mode)
-    return out
-
-
 def main(argv: list[str] | None = None) -> None:
     args, models = eval_speed.parse(argv, __doc__), {}
     for library in PEERS[args.mode]:
         found = importlib.util.find_spec(library)
         mirl.require(found, f"this needs the package {library}: pip install -e '.[peers]'")
     for name in args.models:
-        config = mirl.model_config(name)
-        models |= {label: (config, make) for label, make in makers(name, args).items()}
+        makers = {name: partial(eval_speed.build, name, args.mode, args.method)}
+        if (args.mode, args.method) == ("pretrain", "mirl"):
+            makers[f"{name} (mae)"] = partial(eval_speed.build, name, args.mode, "mae")
+        for library in PEERS[args.mode]:
+            makers[f"{name} ({library})"] = partial(peer, library, name, args.mode)
+        models |= {label: (mirl.model_config(name), make) for label, make in makers.items()}
     eval_speed.run(args, models)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import multiprocessing
 import socket
@@ -14,10 +15,10 @@ from torchvision.utils import save_image
 
 import common.data
 import common.shapes
+import mirl
 import train_finetune
 from common.checkpoint import load_file
 from common.cli import run_script
-from mirl import UserError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -67,11 +68,10 @@ def start(code, world=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common_to_all = dict(WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     processes = []
-    for rank in range(world):
-        environment = common_to_all | dict(RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS=1)
-        environment = {k: str(v) for k, v in environment.items()}
+    for rank in map(str, range(world)):
+        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+        environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         program = f"import os; os.environ.update({environment})\nimport torch, conftest\n"
         program += "torch.set_num_threads(1); conftest.few_shapes(conftest.pytest.MonkeyPatch())\n"
         processes.append(SERVER.Process(target=exec, args=(program + code, {})))
@@ -83,10 +83,8 @@ def succeed(processes):
     """Wait for them; what they print is in pytest's report."""
     for process in processes:
         process.join(120)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
         process.kill()
-    assert set(codes) == {0}, codes
+    assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
 def interrupt(*given):
@@ -127,6 +125,28 @@ def assert_same_run(a, b, *files):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
+def vit(name="vit_nano", **overrides):
+    torch.manual_seed(1)
+    return mirl.build_vit(name, **overrides)
+
+
+def perturbed(model):
+    """Every trained parameter moved, so that none is as it starts."""
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) * p.requires_grad
+    return model
+
+
+def seed_of(*parts):
+    """How the project makes a seed of what it is for, written a second time."""
+    return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:16], 16) // 2
+
+
+def permutation(n, *parts):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*parts)))
+
+
 def last_line(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -138,7 +158,7 @@ def stored(path, content):
 
 def refused(function, *given, message, **named):
     """The sentence in which the call is refused."""
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(mirl.UserError, match=message) as error:
         function(*given, **named)
     return str(error.value)
 
@@ -166,10 +186,7 @@ def pictures(size):
 
 def ade(folder):
     """A few files as ADE20K has them: JPEG images, PNG maps of labels 0 to 150."""
-    kinds = "Idx\tRatio\tTrain\tVal\tStuff\tName\n"
-    kinds += "".join(f"{k}\t0\t1\t1\t0\tkind {k}\n" for k in range(1, 151))
-    folder.mkdir(exist_ok=True)
-    (folder / "objectInfo150.txt").write_text(kinds)
+    kinds = [f"{k}\t0\t1\t1\t0\tkind {k}" for k in range(1, 151)]
     for part, name in (("training", "ADE_train"), ("validation", "ADE_val")):
         images, annotations = folder / "images" / part, folder / "annotations" / part
         images.mkdir(parents=True)
@@ -179,6 +196,8 @@ def ade(folder):
             generator = torch.Generator().manual_seed(i)
             labels = torch.randint(151, (30, 40), generator=generator, dtype=torch.uint8)
             TF.to_pil_image(labels).save(annotations / f"{name}_{i:08d}.png")
+    kinds = "\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *kinds, ""])
+    (folder / "objectInfo150.txt").write_text(kinds)
     return folder
 
 
@@ -199,9 +218,9 @@ def coco(folder, change=lambda content: None):
     crowd = dict(size=[31, 45], counts=[100, 200, 31 * 45 - 300])
     annotations[3] |= dict(segmentation=crowd, iscrowd=1)
     names = {k: f"{k:012d}.jpg" for k in (139, 285, 724)}
-    images = [dict(id=k, file_name=n, height=31, width=45, license=1) for k, n in names.items()]
-    kinds = [(90, "toothbrush"), (1, "person"), (3, "car")]
-    categories = [dict(id=k, name=name, supercategory="thing") for k, name in kinds]
+    images = [dict(id=k, file_name=n, height=31, width=45) for k, n in names.items()]
+    kinds = {90: "toothbrush", 1: "person", 3: "car"}.items()
+    categories = [dict(id=k, name=name) for k, name in kinds]
     content = dict(images=images, annotations=annotations, categories=categories, info={})
     change(content)
     (folder / "annotations").mkdir(parents=True)

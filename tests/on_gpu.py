@@ -9,7 +9,6 @@ with a time limit of its own. Results are printed as they come and kept in --out
 a part says in --out/PART/log.txt. Without a GPU the CPU does small things.
 """
 
-import argparse
 import contextlib
 import copy
 import json
@@ -19,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +27,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_peers
+from conftest import ROOT, image_folder, metrics
 
 import eval_speed
 import mirl
+from common.cli import RecipeParser
 
-ROOT = Path(mirl.__file__).parent
 FOUND = "found: "  # begins those lines of a part's log that are its results
 
 # -- What parts use, each in a process and a folder of its own. gpus: 0 for small things on the CPU
@@ -39,8 +40,7 @@ FOUND = "found: "  # begins those lines of a part's log that are its results
 
 def found(**results) -> None:
     """Results of the part, which stand even if it fails later."""
-    short = {k: round(v, 4) if isinstance(v, float) else v for k, v in results.items()}
-    print(FOUND + json.dumps(short), flush=True)
+    print(FOUND + json.dumps(results), flush=True)
 
 
 def python(*command) -> None:
@@ -55,17 +55,8 @@ def training(kind: str, gpus: int, *flags) -> list:
     if gpus:
         return [*command, "--device", "cuda", "--workers", 4, *flags]
     few = ["--train-images", 16, "--val-images", 8]
-    if "--task" not in flags:
-        from conftest import image_folder
-
-        few = ["--data", image_folder(Path("images"))]
+    few = few if "--task" in flags else ["--data", image_folder(Path("images"))]
     return [*command, "--device", "cpu", "--workers", 1, "--batch-size", 8, *few, *flags]
-
-
-def epochs(out: str) -> list[dict]:
-    """The records of the epochs in a run's log."""
-    records = map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["kind"] == "epoch"]
 
 
 # -- Does it work?
@@ -112,34 +103,30 @@ def tests(gpus: int) -> None:
 
 
 def quick(gpus: int) -> None:
-    """The quick recipes to their end."""
+    """The quick recipes to their end, each killed after its first epoch, and resumed."""
     few = [] if gpus else ["--epochs", 3, "--warmup-epochs", 1]
-    found(loss=resumed("pretrain", gpus, *few)["loss"])
-    found(top1=resumed("finetune", gpus, *few, "--from", "pretrain/encoder.pt")["raw_top1"])
-
-
-def resumed(kind: str, gpus: int, *flags) -> dict:
-    """The last epoch of a training that was killed after its first one, and resumed."""
-    command = training(kind, gpus, *flags)
-    process = subprocess.Popen([sys.executable, *map(str, command)])
-    while process.poll() is None and not (Path(kind, "checkpoint.pt").exists() and epochs(kind)):
-        time.sleep(0.01)
-    process.kill()
-    if process.wait() >= 0:
-        sys.exit("it ended before it could be killed")
-    first = epochs(kind)[0]
-    python(*command, "--resume")
-    seen = epochs(kind)
-    speeds = {e["images_per_second"] for e in (first, seen[0])}  # one trained again has another
-    if len(speeds) > 1 or [e["epoch"] for e in seen] != list(range(1, len(seen) + 1)):
-        sys.exit(f"resumed after {first}, it logged {seen}")
-    return seen[-1]
+    for kind, score in (("pretrain", "loss"), ("finetune", "raw_top1")):
+        start = ["--from", "pretrain/encoder.pt"] if kind == "finetune" else []
+        command, saved = training(kind, gpus, *few, *start), Path(kind, "checkpoint.pt")
+        process = subprocess.Popen([sys.executable, *map(str, command)])
+        while process.poll() is None and not (saved.exists() and metrics(kind, "epoch")):
+            time.sleep(0.01)
+        process.kill()
+        if process.wait() >= 0:
+            sys.exit("it ended before it could be killed")
+        first = metrics(kind, "epoch")[0]
+        python(*command, "--resume")
+        seen = metrics(kind, "epoch")  # one trained again has another speed
+        again = first["images_per_second"] != seen[0]["images_per_second"]
+        if again or [e["epoch"] for e in seen] != list(range(1, len(seen) + 1)):
+            sys.exit(f"resumed after {first}, it logged {seen}")
+        found(**{score: seen[-1][score]})
 
 
 def two_epochs(kind: str, *flags: str, gpus: int) -> None:
     scratch = ["--from", "scratch"] if kind == "finetune" else []
     python(*training(kind, gpus, "--epochs", 2, "--warmup-epochs", 1, *scratch, *flags))
-    last = epochs(kind)[-1]
+    last = metrics(kind, "epoch")[-1]
     found(**{k: last[k] for k in ("loss", "raw_miou", "raw_mask_ap") if k in last})
 
 
@@ -150,7 +137,7 @@ def torchrun(gpus: int) -> None:
         flags = ["--epochs", 2, "--out", f"run-{count}"]
         flags += ["--batch-size", 64 // count * count] if gpus else []
         python(*launcher, *training("pretrain", gpus, *flags))
-        found(**{f"loss of {count}": epochs(f"run-{count}")[-1]["loss"]})
+        found(**{f"loss of {count}": metrics(f"run-{count}", "epoch")[-1]["loss"]})
 
 
 # -- How fast is it?
@@ -159,30 +146,27 @@ def torchrun(gpus: int) -> None:
 def speed(mode: str, batch: int, *models: str, gpus: int, compile=False, peers=False) -> None:
     """Speed in bf16 of the models of Table 4, or of these; with `peers` other libraries' too."""
     bench_peers.PEERS[mode] = tuple(filter(find_spec, bench_peers.PEERS[mode]))
-    flags = ["--batch-size", batch, "--windows", 3, "--seconds", 0.5, "--dtype", "bf16"]
-    flags += ["--models", *models] if models else []
-    if not gpus:
-        flags = ["--models", "vit_nano", "--batch-size", 2, "--windows", 1, "--seconds", 0]
+    flags = ["--batch-size", "2", "--windows", "1", "--seconds", "0", "--models", "vit_nano"]
+    if gpus:
+        flags = ["--batch-size", str(batch), "--windows", "3", "--seconds", "0.5"]
+        flags += ["--dtype", "bf16", "--models", *(models or eval_speed.TABLE_4)]
     flags += ["--compile", "default"] if compile else []
-    flags += ["--mode", mode, "--json", "speed.json"]
-    (bench_peers if peers else eval_speed).main(list(map(str, flags)))
+    (bench_peers if peers else eval_speed).main([*flags, "--mode", mode, "--json", "speed.json"])
     result = json.loads(Path("speed.json").read_text())
     found(matrix_tflops=result["matrix_tflops"], table="\n" + eval_speed.table(result["rows"]))
 
 
 def depth(gpus: int) -> None:
     """Cells of the depth study, 192 wide, as they end; it goes on until it is stopped."""
-    data = "cifar10" if (ROOT / "data" / "cifar-10-batches-py").exists() else "shapes"
-    flags = ["--size", "gpu", "--data", data, "--seeds", "0", "--jobs", "4"]
+    flags = ["--size", "gpu", "--data", "shapes", "--seeds", "0", "--jobs", "4"]
     command = [sys.executable, ROOT / "assets" / "depth" / "study.py", *flags, "--out", Path.cwd()]
     study = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    found(data=data)
     for line in study.stdout:
         print(line, end="", flush=True)
         if line.startswith("{"):
             cell = json.loads(line)
-            keys = ("knn", "linear", "loss", "top1")
-            found(**{f"{cell['cell']} {k}": cell[k] for k in keys if k in cell})
+            keys = cell.keys() & {"knn", "linear", "loss", "top1"}
+            found(**{f"{cell['cell']} {k}": cell[k] for k in sorted(keys)})
     sys.exit(study.wait())
 
 
@@ -216,6 +200,9 @@ NEEDS |= dict(detect="pycocotools", depth="matplotlib")
 NOT_ON_CPU = ("compile-pretrain", "compile-finetune", "pretrain-compiled", "depth")
 
 
+RUNNING: set[subprocess.Popen] = set()
+
+
 def why_not(name: str, gpus: int, seconds: float) -> str:
     """Why a part is skipped; nothing where it is not."""
     if name in NEEDS and not find_spec(NEEDS[name]):
@@ -225,14 +212,33 @@ def why_not(name: str, gpus: int, seconds: float) -> str:
     return f"{max(0, seconds):.0f} s are left" if seconds < 10 else ""
 
 
-def start(name: str, folder: Path, gpus: int) -> subprocess.Popen:
-    """A part's process, in a group with what it starts."""
+def run(name: str, folder: Path, gpus: int, until: float) -> dict:
+    """Run a part, at most until this time, in a process of its own; the part's report."""
+    began, results, words = time.monotonic(), {}, []
+    limit = min(PARTS[name][0], until - began)
+    if why := why_not(name, gpus, limit):
+        return dict(state="skipped", seconds=0, results={}, words=[why])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    command = [sys.executable, __file__, "--part", name, str(gpus)]
+    command, path = [sys.executable, __file__, "--part", name, str(gpus)], folder / "log.txt"
     how = dict(cwd=folder, stderr=subprocess.STDOUT, start_new_session=True)
-    with (folder / "log.txt").open("w") as log:
-        return subprocess.Popen(command, stdout=log, **how)
+    with path.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, **how)
+    RUNNING.add(process)
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        code = None
+    end(process)
+    for line in filter(str.strip, path.read_text(errors="replace").splitlines()):
+        if line.startswith(FOUND):
+            results |= json.loads(line.removeprefix(FOUND))
+        else:
+            words.append(line[:300])
+    words = words[-8:] + ["stopped at its time limit"] * (code is None)
+    ok = code == 0 or (code is None and name == "depth")  # which takes all there is
+    part = dict(state="ok" if ok else "FAILED", seconds=round(time.monotonic() - began, 1))
+    return dict(part, results=results, words=[] if ok else words)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -240,52 +246,11 @@ def end(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGTERM)
     process.wait()
-
-
-def read_log(path: Path) -> tuple[dict, list[str]]:
-    """A part's results, and its last words."""
-    results, said = {}, []
-    for line in filter(str.strip, path.read_text(errors="replace").splitlines()):
-        if line.startswith(FOUND):
-            results |= json.loads(line.removeprefix(FOUND))
-        else:
-            said.append(line[:300])
-    return results, said[-8:]
-
-
-def run(names: list[str], at_once: int, until: float, out: Path, gpus: int):
-    """Run parts, so many at a time, until this time; yield each name and report as it ends."""
-    running = {}
-    try:
-        while names or running:
-            if names and len(running) < at_once:
-                name, *names = names
-                began = time.monotonic()
-                limit = min(PARTS[name][0], until - began)
-                if why := why_not(name, gpus, limit):
-                    yield name, dict(state="skipped", seconds=0, results={}, words=[why])
-                else:
-                    running[name] = start(name, out / name, gpus), began, began + limit
-            for name, (process, began, stop) in list(running.items()):
-                code, now = process.poll(), time.monotonic()
-                if code is None and now < stop:
-                    continue
-                end(running.pop(name)[0])
-                results, words = read_log(out / name / "log.txt")
-                words = ["stopped at its time limit"] * (code is None) + words
-                ok = code == 0 or (code is None and name == "depth")  # which takes all there is
-                part = dict(state="ok" if ok else "FAILED", seconds=round(now - began, 1))
-                yield name, dict(part, results=results, words=[] if ok else words)
-            time.sleep(0.05)
-    finally:
-        for process, *_ in running.values():
-            end(process)
+    RUNNING.discard(process)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = RecipeParser(__doc__, {})
     parser.add_argument("--minutes", type=float, default=10, help="in all; default 10")
     parser.add_argument("--out", type=Path, default="runs/on-gpu", help="default runs/on-gpu")
     parts = dict(nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
@@ -300,14 +265,23 @@ def main(argv: list[str] | None = None) -> None:
     at_once = max(1, min(8, cores // 2 if gpus else cores))
     half = args.minutes / 2 if ALONE.keys() & set(args.only) else args.minutes
     for parts, jobs, minutes in ((TOGETHER, at_once, half), (ALONE, 1, args.minutes)):
-        names = [name for name in parts if name in args.only]
         os.environ["OMP_NUM_THREADS"] = str(cores // jobs)  # of a part
-        for name, part in run(names, jobs, begun + 60 * minutes, out, gpus):
-            report["parts"][name] = part
-            (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-            lines = [f"{name:<17} {part['seconds']:5.0f} s  {part['state']}"]
-            lines += [f"{k}: {v}" for k, v in part["results"].items()] + part["words"]
-            print("\n".join(lines).replace("\n", "\n    "), flush=True)
+        until = begun + 60 * minutes
+        with ThreadPoolExecutor(jobs) as pool:
+            names = [name for name in parts if name in args.only]
+            futures = {pool.submit(run, name, out / name, gpus, until): name for name in names}
+            try:
+                for future in as_completed(futures):
+                    name, part = futures[future], future.result()
+                    report["parts"][name] = part
+                    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+                    lines = [f"{name:<17} {part['seconds']:5.0f} s  {part['state']}"]
+                    lines += [f"{k}: {v}" for k, v in part["results"].items()] + part["words"]
+                    print("\n".join(lines).replace("\n", "\n    "), flush=True)
+            finally:  # where this is stopped, so are the parts
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in [*RUNNING]:
+                    end(process)
     states = [part["state"] for part in report["parts"].values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("ok", "FAILED", "skipped"))
     print(f"{counts}; {time.monotonic() - begun:.0f} s; {device}")

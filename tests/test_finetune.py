@@ -1,7 +1,6 @@
 """train_finetune.py from end to end, beside a trainer of a few plain lines."""
 
 import functools
-import hashlib
 import json
 import math
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import image_folder, last_line, make_shapes, metrics, start, stored, succeed
+from conftest import image_folder, last_line, make_shapes, metrics, perturbed, seed_of, stored, vit
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 import mirl
 import train_finetune
@@ -24,43 +24,20 @@ TINY = [*conftest.TINY, "--workers", "0", "--train-images", "32", "--from", "scr
 finetune = functools.partial(conftest.run, train_finetune, *TINY)
 
 
-def vit(**overrides):
-    torch.manual_seed(1)
-    return mirl.build_vit("vit_nano", **overrides)
-
-
-def perturbed(model):
-    """Every parameter moved, so that none is as it starts, and the logits are not all alike."""
-    torch.manual_seed(1)
-    for p in model.parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    return model
-
-
 def refused(capsys, sentence, *flags):
     assert finetune(*flags) == 2
     assert sentence in capsys.readouterr().err
 
 
 def normalised(images):
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    return (images / 255 - mean) / std
+    return TF.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 # 30 images in batches of 8: three steps an epoch, six images left out
-FLAGS = "--train-images 30 --batch-size 8 --epochs 2 --warmup-epochs 0.7 --lr 3e-3 --seed 3 "
-FLAGS += (
-    "--layer-decay 0.6 --weight-decay 0.3 --label-smoothing 0.2 --drop-path 0.3 --ema-decay 0.9"
+FLAGS = (
+    "--train-images 30 --batch-size 8 --epochs 2 --warmup-epochs 0.7 --lr 3e-3 --layer-decay 0.6 "
+    "--seed 3 --weight-decay 0.3 --label-smoothing 0.2 --drop-path 0.3 --ema-decay 0.9"
 )
-FLAGS = FLAGS.split()
-
-
-def seed_of(*key):
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") // 2
-
-
-def permutation(n, *key):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*key)))
 
 
 def by_hand(weights, processes, size, clip=None, randaug=0, ema=0.9):
@@ -77,12 +54,12 @@ def by_hand(weights, processes, size, clip=None, randaug=0, ema=0.9):
         groups.append(dict(params=[p], peak=3e-3 * 0.6 ** (7 - layer), weight_decay=decay))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=False)
 
-    images, labels = (x[permutation(33, "images", 3)[:30]] for x in make_shapes(33, 0))
+    images, labels = (x[conftest.permutation(33, "images", 3)[:30]] for x in make_shapes(33, 0))
     transform = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
     transform = v2.Compose(transform + [RandAugment(randaug)] * (randaug > 0))
     steps = []
     for epoch in range(2):
-        order = permutation(30, "order", 3, epoch)[:24]
+        order = conftest.permutation(30, "order", 3, epoch)[:24]
         crops = {}
         for i in order.tolist():
             torch.manual_seed(seed_of("file", 3, epoch, i))
@@ -164,7 +141,7 @@ def test_a_run_by_hand(tmp_path, monkeypatch, begin):
 
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     flags = ["--from", stored(tmp_path / "a.pth", begin), "--out", tmp_path / "run"]
-    flags += [*FLAGS, "--device-batch-size", 4, "--clip-grad", 0.5, "--ema-decay", 0.35]
+    flags += [*FLAGS.split(), "--device-batch-size", 4, "--clip-grad", 0.5, "--ema-decay", 0.35]
     assert finetune(*flags, "--log-every", 4, "--randaug", 9) == 0
     expected = by_hand(begin, 1, 4, clip=0.5, randaug=9, ema=0.35)
     assert max(norm for _, _, norm in expected[2]) > 1 and asked == [False]
@@ -182,33 +159,20 @@ class WithBatchNorm(Classification):
         return model
 
 
-WORKER = """
-import contextlib
-from pathlib import Path
-import train_finetune, test_finetune
-from common.distributed import RANK, process_group
-
-with process_group("cpu") as device:  # torch cannot join a group twice
-    train_finetune.process_group = lambda flag: contextlib.nullcontext(device)
-    train_finetune.main({0})
-    train_finetune.TASKS["classify"] = test_finetune.WithBatchNorm
-    train_finetune.main({1})
-    train_finetune.say = lambda text: RANK or Path("{told}").write_text(text)
-    train_finetune.main({2})
-"""
-
-
 def test_two_processes_by_hand(tmp_path, begin, capsys):
-    path = stored(tmp_path / "a.pth", begin)
-    trained = [*TINY, "--from", path, *FLAGS, "--device-batch-size", 2, "--log-every", 4]
-    normed = [*TINY, "--epochs", 1, "--ema-decay", 0.3, "--lr", 1e-3, "--out", tmp_path / "normed"]
-    probed = [*TINY, "--from", path, "--protocol", "knn"]
-    trained += ["--out", tmp_path / "run"]
-    lines = [[str(flag) for flag in line] for line in (trained, normed, probed)]
-    succeed(start(WORKER.format(*lines, told=tmp_path / "told"), world=2))
-    assert_trained(tmp_path / "run", by_hand(begin, 2, 2))
+    def both(*flags, first=""):
+        given = [str(flag) for flag in (*TINY, *flags)]
+        code = f"import train_finetune, test_finetune\n{first}\ntrain_finetune.main({given})"
+        conftest.succeed(conftest.start(code, world=2))
+
+    path, told, out = stored(tmp_path / "a.pth", begin), tmp_path / "told", tmp_path / "run"
+    sized = ["--device-batch-size", 2, "--log-every", 4]
+    both("--from", path, *FLAGS.split(), *sized, "--out", out)
+    assert_trained(out, by_hand(begin, 2, 2))
 
     # an evaluation sees in both processes the buffers that are saved
+    flags = ["--epochs", 1, "--ema-decay", 0.3, "--lr", 1e-3, "--out", tmp_path / "normed"]
+    both(*flags, first='train_finetune.TASKS["classify"] = test_finetune.WithBatchNorm')
     [epoch] = metrics(tmp_path / "normed", "epoch")
     images, labels = make_shapes(33, 1)
     for name in ("raw", "ema"):
@@ -219,8 +183,10 @@ def test_two_processes_by_hand(tmp_path, begin, capsys):
         assert epoch[f"{name}_val_loss"] == pytest.approx(loss, rel=1e-6)
 
     # a probe of all images is that of one process
-    assert finetune(*probed) == 0
-    assert json.loads((tmp_path / "told").read_text()) == last_line(capsys)
+    flags = ["--from", path, "--protocol", "knn"]
+    both(*flags, first=f"import sys; sys.stdout = open({str(told)!r}, 'a')")
+    assert finetune(*flags) == 0
+    assert json.loads(told.read_text().splitlines()[-1]) == last_line(capsys)
 
 
 def test_scratch_begins_with_the_weights_of_the_seed(tmp_path, monkeypatch):
@@ -237,7 +203,7 @@ def test_scratch_begins_with_the_weights_of_the_seed(tmp_path, monkeypatch):
 def test_the_best_are_kept_by_the_tasks_score(tmp_path, monkeypatch, capsys):
     """Of several epochs with one score the first; top-5 and the loss decide nothing."""
     scores = [(50, 30), (70, 60), (70, 80), (60, 80)]  # top-1 of the weights and their average
-    weights = []
+    weights, out = [], tmp_path / "run"
 
     def evaluate(self, models, loader):
         weights.append([{k: v.clone() for k, v in model.state_dict().items()} for model in models])
@@ -245,13 +211,12 @@ def test_the_best_are_kept_by_the_tasks_score(tmp_path, monkeypatch, capsys):
         return [dict(top1=x, top5=100 - x, val_loss=x, val_images=33) for x in top1]
 
     monkeypatch.setattr(Classification, "evaluate", evaluate)
-    out = tmp_path / "run"
     assert finetune("--out", out, "--epochs", 4, "--batch-size", 32, "--lr", 1e-3) == 0
-    for name, i, best in (("raw", 0, 2), ("ema", 1, 3)):
-        for which, epoch in (("best", best), ("last", 4)):
-            saved = load_file(out / f"{name}-{which}.pt")
-            assert (saved["epoch"], saved["top1"]) == (epoch, scores[epoch - 1][i])
-            torch.testing.assert_close(saved["model"], weights[epoch - 1][i], rtol=0, atol=0)
+    files = [(0, "raw-best", 2), (0, "raw-last", 4), (1, "ema-best", 3), (1, "ema-last", 4)]
+    for i, name, epoch in files:
+        saved = load_file(out / f"{name}.pt")
+        assert (saved["epoch"], saved["top1"]) == (epoch, scores[epoch - 1][i])
+        torch.testing.assert_close(saved["model"], weights[epoch - 1][i], rtol=0, atol=0)
     said = f"done: the best model is {out / 'ema-best.pt'}, top1 80.00 % after epoch 3"
     assert capsys.readouterr().out.splitlines()[-1] == said
 
@@ -272,7 +237,8 @@ def test_what_pre_training_leaves_is_taken_up(tmp_path, monkeypatch, capsys):
 
 
 def test_files_of_the_first_version_are_read(tmp_path, begin, capsys):
-    """An encoder, a fine-tuned model, and a checkpoint, which kept its flags apart."""
+    """An encoder, a fine-tuned model, and a checkpoint, which kept its flags apart; and weights
+    alone, as others have them."""
     names = "depth width heads segments decoder_width decoder_depth decoder_heads image_size "
     names += "patch_size channels dense weight_norm mask_ratio mlp_ratio drop_path num_classes pool"
 
@@ -285,41 +251,39 @@ def test_files_of_the_first_version_are_read(tmp_path, begin, capsys):
     assert f"76 of 80 tensors from {path}" in capsys.readouterr().out
     refused(capsys, "a.pt is no model that this script fine-tuned", "--eval", "--from", path)
 
-    model = vit(num_classes=16).eval()
+    model = vit(num_classes=16)
     model.load_state_dict(begin)
+    run = dict(history=[dict(epoch=1)], optimizer={}, data=dict(images=9), step=8, classes=CLASSES)
+    saved(model, **run, args=dict(task="detect", head_width=8))
+    refused(capsys, f"{path} is a model to detect: add --task", "--eval", "--from", path)
+    saved(model, classes=CLASSES, task="segment", head_width=8)
+    refused(capsys, f"{path} is a model to segment: add --task", "--eval", "--from", path)
     images, labels = make_shapes(33, 1)
     with torch.no_grad():
         top1 = 100 * (model(normalised(images)).argmax(dim=1) == labels).double().mean().item()
-    run = dict(history=[dict(epoch=1)], optimizer={}, data=dict(images=9), step=8)
-    for task, more in (
-        ("segment", dict(task="segment", head_width=8)),
-        ("detect", run | dict(args=dict(task="detect", head_width=8))),
-        ("classify", dict(task="classify", head_width=None)),
-        ("classify", run | dict(args=dict(task="classify", head_width=None, lr=1.0))),
-    ):
-        path = saved(model, classes=CLASSES, **more)
-        if task != "classify":
-            said = f"{path} is a model to {task}: add --task {task}"
-            refused(capsys, said, "--eval", "--from", path)
-        else:
-            assert finetune("--eval", "--from", path) == 0
-            assert last_line(capsys)["top1"] == pytest.approx(top1)
+    flags = dict(task="classify", head_width=None)
+    for more in (run | dict(args=flags | dict(lr=1.0)), flags | dict(classes=CLASSES), None):
+        path = saved(model, **more) if more else stored(path, begin)
+        assert finetune("--eval", "--from", path) == 0
+        assert last_line(capsys)["top1"] == pytest.approx(top1)
 
 
 def test_predicting_and_starting_from_a_fine_tuned_model(tmp_path, capsys):
     """The path for tiny data sets: fine-tune a fine-tuned model, with other classes."""
     folder, out, first = image_folder(tmp_path / "data"), tmp_path / "tiny", tmp_path / "first.pt"
-    save_model(first, perturbed(vit(num_classes=16)), classes=[f"class {i}" for i in range(16)])
+    old, image = perturbed(vit(num_classes=16)), folder / "val" / "cat" / "000.png"
+    save_model(first, old, classes=[f"class {i}" for i in range(16)])
     assert finetune("--data", folder, "--from", first, "--out", out, "--drop-path", 0.9) == 0
     assert "78 of 80 tensors" in capsys.readouterr().out
-    image = folder / "val" / "cat" / "000.png"
-    assert finetune("--predict", image, image, "--from", out / "ema-best.pt") == 0
+    for path in (first, stored(tmp_path / "unnamed.pt", old.state_dict()), out / "ema-best.pt"):
+        assert finetune("--predict", image, image, "--from", path) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[0] == str(image)
+    assert lines[:12] == lines[12:24] and lines[1].split("%  ")[1].startswith("class ")
+    assert len(lines) == 32 and lines[24] == str(image)
     model, _ = conftest.finetuned("--from", out / "ema-best.pt")
     with torch.no_grad():  # of a model that drops paths in training
         found = 100 * model.eval()(normalised(make_shapes(33, 0)[0][:1])).softmax(dim=1)[0]
-    for line, i in zip(lines[1:4], found.argsort(descending=True).tolist(), strict=True):
+    for line, i in zip(lines[25:28], found.argsort(descending=True).tolist(), strict=True):
         share, name = line.split(" %  ")
         assert name == ["cat", "dog", "eel"][i]
         assert float(share) == pytest.approx(found[i].item(), abs=0.06)
@@ -344,18 +308,6 @@ def test_classifiers_of_timm_and_mae(tmp_path, capsys, pool):
     assert [line.split("%  ")[1] for line in lines[1:3]] == ["toilet tissue", "tench"]
     said = f"knows 1000 classes, and --data {folder} has 1"
     refused(capsys, said, "--eval", "--from", path, "--data", folder)
-
-
-def test_a_file_without_names_is_as_good_as_one_of_ours(tmp_path, capsys):
-    classes = [f"class {i}" for i in range(10)]
-    folder, model = image_folder(tmp_path / "data", classes, 2), perturbed(vit(num_classes=10))
-    save_model(tmp_path / "ours.pt", model, classes=classes)
-    printed = []
-    for path in (stored(tmp_path / "a.pt", model.state_dict()), tmp_path / "ours.pt"):
-        assert finetune("--eval", "--from", path, "--data", folder) == 0
-        assert finetune("--predict", folder / "val/class 3/001.png", "--from", path) == 0
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] and printed[0].count("%  class ") == 5
 
 
 def test_table_2():

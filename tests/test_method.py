@@ -120,10 +120,9 @@ def test_attention_in_bfloat16_in_loops():
     assert (out.shape, out.dtype) == ((2, 5, 12), torch.bfloat16)
     for b, head, n in itertools.product(range(2), range(3), range(5)):
         mine = slice(4 * head, 4 * head + 4)
-        query, keys, values = q[b, n, mine].tolist(), k[b, :, mine].tolist(), v[b, :, mine].double()
-        scores = [sum(x * y for x, y in zip(query, key, strict=True)) / 2 for key in keys]
-        weights = [math.exp(score - max(scores)) for score in scores]
-        mean = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+        query, keys, values = (x[..., mine].double() for x in (q[b, n], k[b], v[b]))
+        weights = (keys @ query / 2).exp()
+        mean = weights @ values / weights.sum()
         assert (out[b, n, mine].double() - mean).abs().max() < 0.02 * values.abs().max()
 
 
@@ -131,9 +130,7 @@ def test_a_decoder_block_is_torchs_on_a_normed_memory():
     ours = mirl.Block(32, 2, cross=True)
     for p in ours.parameters():
         nn.init.normal_(p, std=0.3)
-    theirs = nn.TransformerDecoderLayer(
-        32, 2, activation="gelu", dropout=0, batch_first=True, norm_first=True
-    )
+    theirs = nn.TransformerDecoderLayer(32, 2, 128, 0, "gelu", batch_first=True, norm_first=True)
     theirs.norm1, theirs.norm2, theirs.norm3 = ours.norm1, ours.norm_x, ours.norm2
     theirs.linear1, theirs.linear2 = ours.mlp.fc1, ours.mlp.fc2
     cross = (ours.cross_attn.q, ours.cross_attn.kv)
@@ -164,12 +161,10 @@ def test_the_loss_in_loops():
     for shallow, deep in ((0, 3), (1, 2)):
         total = 0.0
         for b, k in itertools.product(range(3), range(12)):
-            pixels = patch(x[b], out.masked[b, k].item()).tolist()
-            mean = sum(pixels) / 32
-            std = math.sqrt(sum((p - mean) ** 2 for p in pixels) / 31 + 1e-6)
-            for i in range(32):
-                predicted = predictions[shallow][b, k, i] + predictions[deep][b, k, i]
-                total += ((pixels[i] - mean) / std - predicted.item()) ** 2 / 32
+            pixels = patch(x[b], out.masked[b, k].item())
+            target = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
+            predicted = predictions[shallow][b, k] + predictions[deep][b, k]
+            total += (target - predicted).square().sum().item() / 32
         losses.append(total / (3 * 12))
     assert out.losses.tolist() == pytest.approx(losses, abs=1e-12)
     assert out.loss.item() == pytest.approx(sum(losses) / 2, abs=1e-12)
@@ -223,16 +218,6 @@ def test_decoders_attend_to_all_earlier_segments_nearest_first():
         close(given[1], torch.cat([e[earlier] for earlier in range(g - 1, -1, -1)], dim=1))
 
 
-@pytest.mark.parametrize("options", [{}, dict(dense=False), MAE, dict(segments=2, decoder_depth=2)])
-def test_every_trained_parameter_gets_a_gradient(options):
-    model = tiny(**options)
-    model(images()).loss.backward()
-    for name, p in model.named_parameters():
-        assert model.config.dense or not ("cross" in name or "input" in name)
-        if p.requires_grad:
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
-
-
 def test_the_pixel_head_has_columns_of_unit_norm_also_after_training():
     model = tiny()
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
@@ -255,12 +240,10 @@ class PlainMAE(nn.Module):
         super().__init__()
 
         def blocks(depth, width):
-            return nn.Sequential(*(
-                nn.TransformerEncoderLayer(
-                    width, 2, 4 * width, dropout=0, activation="gelu", layer_norm_eps=1e-6,
-                    batch_first=True, norm_first=True,
-                ) for _ in range(depth)
-            ))  # fmt: skip
+            layer = nn.TransformerEncoderLayer(
+                width, 2, 4 * width, 0, "gelu", 1e-6, batch_first=True, norm_first=True
+            )
+            return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
 
         self.patch_embed = nn.Conv2d(2, 32, 4, 4)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 32))
@@ -292,7 +275,7 @@ class PlainMAE(nn.Module):
 
 
 RENAMED = {"encoder.": "", "segment_embeds.0": "decoder_embed", "decoders.0.": "decoder_"}
-RENAMED |= {"patch_embed.proj": "patch_embed", "mlp.fc": "linear"}
+RENAMED |= {"blocks.": "blocks.layers.", "patch_embed.proj": "patch_embed", "mlp.fc": "linear"}
 RENAMED |= {"attn.qkv.": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj"}
 
 
@@ -373,7 +356,7 @@ def test_panels():
     torch.testing.assert_close(reconstruction, truth)
     torch.testing.assert_close(main + (shown - 0.5), truth)
 
-    common, total = residual.mean((0, 1)), torch.zeros(48)
+    common = residual.mean((0, 1))
     for b, place in itertools.product(range(2), range(15)):
         seen, covered = patch((shown[b] - 0.5) / std, place), patch(masked[b], place)
         if place in out.visible[b]:
@@ -383,8 +366,6 @@ def test_panels():
             seen /= (patch(x[b], place).var() + 1e-6).sqrt()
             k = out.masked[b].tolist().index(place)
             torch.testing.assert_close(seen, residual[b, k] - common, rtol=0, atol=1e-4)
-            total += seen
-    assert total.abs().max() < 1e-3 and common.abs().max() > 0.9
 
     without = result._replace(main=(target,), residual=())
     torch.testing.assert_close(mirl.panels(x, without, 4)[:, 4], truth)
@@ -393,28 +374,28 @@ def test_panels():
     assert torch.equal(mirl.panels(x, tiny()(x, noise()), 4)[:, 0], x)
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "message"),
-    [
-        ("vit_b", dict(depht=3), "no field 'depht'"),
-        ("vit_b", dict(image_size=(224, 100)), "224x100 does not divide into patches of 16"),
-        ("vit_b", dict(patch_size=0), "patch_size must be at least 1"),
-        ("vit_nano", dict(patch_size=1, channels=1), "a patch of one number has no variance"),
-        ("vit_nano", dict(mask_ratio=1.0), "mask_ratio must be between 0 and 1"),
-        ("vit_nano", dict(mask_ratio=1e-18), "leaves no masked patch"),
-        ("vit_nano", dict(heads=5), "width 96 does not divide into heads 5"),
-        ("vit_nano", dict(decoder_heads=3), "decoder_width 64 does not divide into decoder_heads"),
-        ("vit_nano", dict(width=6, heads=3), "width 6 is not a multiple of 4"),
-        ("vit_nano", dict(decoder_width=-64), "decoder_width -64 is not a multiple of 4"),
-        ("vit_nano", dict(mlp_ratio=0), "mlp_ratio must be greater than 0"),
-        ("vit_nano", dict(image_size=(32,)), "image_size must be a number or"),
-        ("vit_nano", dict(decoder_depth=0), "decoder_depth must be at least 1"),
-        ("vit_nano", dict(pool="max"), "pool must be mean, cls or none"),
-    ],
-)  # fmt: skip
-def test_impossible_configurations_are_refused_in_one_sentence(name, overrides, message):
+IMPOSSIBLE = [
+    (dict(depht=3), "no field 'depht'"),
+    (dict(image_size=(32, 30)), "32x30 does not divide into patches of 4"),
+    (dict(patch_size=0), "patch_size must be at least 1"),
+    (dict(patch_size=1, channels=1), "a patch of one number has no variance"),
+    (dict(mask_ratio=1.0), "mask_ratio must be between 0 and 1"),
+    (dict(mask_ratio=1e-18), "leaves no masked patch"),
+    (dict(heads=5), "width 96 does not divide into heads 5"),
+    (dict(decoder_heads=3), "decoder_width 64 does not divide into decoder_heads"),
+    (dict(width=6, heads=3), "width 6 is not a multiple of 4"),
+    (dict(decoder_width=-64), "decoder_width -64 is not a multiple of 4"),
+    (dict(mlp_ratio=0), "mlp_ratio must be greater than 0"),
+    (dict(image_size=(32,)), "image_size must be a number or"),
+    (dict(decoder_depth=0), "decoder_depth must be at least 1"),
+    (dict(pool="max"), "pool must be mean, cls or none"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), IMPOSSIBLE)
+def test_impossible_configurations_are_refused_in_one_sentence(overrides, message):
     """Others are in test_refusals.py."""
-    assert "\n" not in refused(build_mirl, name, **overrides, message=message)
+    assert "\n" not in refused(build_mirl, "vit_nano", **overrides, message=message)
 
 
 def test_images_of_another_shape_are_refused():

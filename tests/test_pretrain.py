@@ -1,8 +1,7 @@
 """train_pretrain.py: its runs against plain loops, what they leave, resume, kills, processes."""
 
 import contextlib
-import dataclasses
-import hashlib
+import functools
 import json
 import math
 import os
@@ -13,26 +12,11 @@ import subprocess
 import sys
 import time
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    CPU,
-    ROOT,
-    TINY,
-    assert_same_run,
-    at_batch,
-    few_shapes,
-    interrupt,
-    make_shapes,
-    metrics,
-    needs_gpu,
-    run,
-    start,
-    stored,
-    succeed,
-    write_images,
-)
+from conftest import CPU, TINY, at_batch, interrupt, make_shapes, metrics, needs_gpu, run, seed_of
 from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,9 +28,11 @@ import common
 import mirl
 import train_finetune
 import train_pretrain
-from common.checkpoint import load_file
+from common.checkpoint import load_file, save_model
+from common.pictures import titled
 
 FLAGS = [*TINY, "--picture-every", "0", "--workers", "0"]
+pretrain = functools.partial(run, train_pretrain, *FLAGS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,14 +42,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def pretrain(*flags):
-    return run(train_pretrain, *FLAGS, *flags)
-
-
-def seed(*parts):
-    return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:16], 16) // 2
 
 
 def in_plain_loops(flags, processes=1):
@@ -85,16 +63,15 @@ def in_plain_loops(flags, processes=1):
     half = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16")
 
     def example(epoch, i):
-        torch.manual_seed(seed("file", args.seed, epoch, i))
+        torch.manual_seed(seed_of("file", args.seed, epoch, i))
         pixels = augment(make_shapes(33, 0)[0][i]) / 255
         return TF.normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     for step in range(total):
         epoch, batch = divmod(step, steps)
         if batch == 0:
-            order = torch.Generator().manual_seed(seed("order", args.seed, epoch))
-            order = torch.randperm(33, generator=order).tolist()
-            seeds = [seed("epoch", args.seed, epoch, rank) for rank in range(processes)]
+            order = conftest.permutation(33, "order", args.seed, epoch).tolist()
+            seeds = [seed_of("epoch", args.seed, epoch, rank) for rank in range(processes)]
             masks = [torch.Generator().manual_seed(one) for one in seeds]
         picks = [order[8 * batch : 8 * batch + 8][rank::processes] for rank in range(processes)]
         images = [torch.stack([example(epoch, i) for i in pick]) for pick in picks]
@@ -153,17 +130,16 @@ def assert_as_in_plain_loops(out, flags, processes=1):
 
 
 CASES = {
-    "accumulated": ["--device-batch-size", "4"],
-    "clipped": ["--clip-grad", "1", "--dtype", "bf16", "--seed", "3", "--method", "mae"],
-    "followed": ["--feature-weight", "0.5", "--omega", "0.1", "--warmup-epochs", "0.5"],
+    "accumulated": "--device-batch-size 4",
+    "clipped": "--clip-grad 1 --dtype bf16 --seed 3 --method mae",
+    "followed": "--feature-weight 0.5 --omega 0.1 --warmup-epochs 0.5 --lr 0.01",
 }
-CASES["followed"] += ["--lr", "0.01"]
 
 
 @pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
 def test_a_run_in_plain_loops(tmp_path, flags):
-    assert pretrain("--out", tmp_path / "run", *flags) == 0
-    assert_as_in_plain_loops(tmp_path / "run", flags)
+    assert pretrain("--out", tmp_path / "run", *flags.split()) == 0
+    assert_as_in_plain_loops(tmp_path / "run", flags.split())
 
 
 def in_each_of_two_processes(*flags):
@@ -192,27 +168,22 @@ def in_each_of_two_processes(*flags):
 def test_a_run_of_two_processes_in_plain_loops(tmp_path):
     flags = ["--device-batch-size", "2", "--feature-weight", "0.5", "--clip-grad", "1"]
     given = ("--out", str(tmp_path / "run"), *flags)
-    succeed(start(f"import test_pretrain; test_pretrain.in_each_of_two_processes{given}", 2))
+    code = f"import test_pretrain; test_pretrain.in_each_of_two_processes{given}"
+    conftest.succeed(conftest.start(code, 2))
     assert_as_in_plain_loops(tmp_path / "run", flags, 2)
 
 
 def assert_picture(path, images, model, pair=1, seed=0):
-    """Each panel of 32 pixels three times as large, in a frame of 4, below the names; of MAE no
-    residual and main component."""
+    """Its panels are three times as large as the images; MAE has no residual and main component."""
     noise = torch.rand(len(images), 64, generator=torch.Generator().manual_seed(seed))
     pixels = TF.normalize(images / 255, mirl.IMAGENET_MEAN, mirl.IMAGENET_STD)
     with torch.no_grad():
         panels = mirl.panels(pixels, mirl.MIRL.forward(model, pixels, noise), 4, pair)
-    panels = (255.999 * panels).byte().repeat_interleave(3, dim=3).repeat_interleave(3, dim=4)
-    columns = 5 if model.config.segments > 1 else 3
-    picture = TF.pil_to_tensor(Image.open(path))
-    top = picture.shape[1] - len(images) * 100
-    assert 10 < top < 30 and picture.shape[2] == columns * 100 + 4
-    for j in range(columns):
-        assert picture[:, :top, 100 * j + 4 : 100 * j + 100].amin() < 99  # a name
-        for i in range(len(images)):
-            x, y = 100 * j + 4, top + 100 * i
-            assert torch.equal(picture[:, y : y + 96, x : x + 96], panels[i, j])
+    names = ["ground truth", "masked", "reconstruction", "residual", "main component"]
+    names = names[:3] if model.config.segments == 1 else names
+    panels = (255.999 * panels[:, : len(names)]).byte()
+    expected = titled(panels.repeat_interleave(3, dim=3).repeat_interleave(3, dim=4), names)
+    assert torch.equal(TF.pil_to_tensor(Image.open(path)), TF.pil_to_tensor(expected))
 
 
 @pytest.mark.parametrize("method", ["mirl", "mae"])
@@ -241,12 +212,12 @@ def test_pictures_of_any_images(tmp_path, capsys):
     """The wide one is cropped."""
     torch.manual_seed(0)
     model = mirl.build_mirl("vit_nano", segments=4, mask_ratio=0.5)
-    saved = dict(model=model.state_dict(), config=dataclasses.asdict(model.config))
+    save_model(tmp_path / "a.pt", model)
     images, files = make_shapes(33, 0)[0][:2], [tmp_path / "a.png", tmp_path / "b.png"]
     wide = torch.cat([images[1][..., :8], images[1], images[1][..., :8]], dim=2)  # 32 x 48
     for image, file in zip((images[0], wide), files, strict=True):
         save_image(image / 255, file)
-    draw = ["--draw", *files, "--from", stored(tmp_path / "a.pt", saved)]
+    draw = ["--draw", *files, "--from", tmp_path / "a.pt"]
     drawn = tmp_path / "out" / "reconstruction.png"
     given = ["--out", drawn.parent, "--seed", 1, "--mask-ratio", 0.5, "--picture-pair", 2]
     assert pretrain(*draw, *given) == 0
@@ -260,35 +231,25 @@ def test_pictures_of_any_images(tmp_path, capsys):
     assert not (tmp_path / "none" / "reconstruction.png").exists()
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        few_shapes(patch)
-        out = tmp_path_factory.mktemp("whole") / "run"
-        assert pretrain("--out", out, "--epochs", 4) == 0
-    return out
-
-
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(tmp_path, capsys):
     """Worker processes live through the epochs of one run, start anew in another, and a third has
     none. Of a complete run, a resume writes anew what comes after the last epoch."""
-    flags, whole = ["--data", write_images(tmp_path / "images"), "--epochs", 3], tmp_path / "whole"
+    images, whole = conftest.write_images(tmp_path / "images"), tmp_path / "whole"
+    flags = ["--data", images, "--epochs", 3]
     assert pretrain("--out", whole, *flags) == 0
     for out, code in ((tmp_path / "steady", 0), (tmp_path / "run", 130)):
         with at_batch(train_pretrain, 1 if code else 9, 3, interrupt):
             assert pretrain("--out", out, *flags, "--workers", 2) == code
         assert pretrain("--out", out, *flags, "--workers", 1, "--resume") == 0
-        assert_same_run(out, whole, "checkpoint.pt", "encoder.pt")
+        conftest.assert_same_run(out, whole, "checkpoint.pt", "encoder.pt")
     assert "stopped by Ctrl-C; a training run goes on with --resume" in capsys.readouterr().err
     (out / "encoder.pt").unlink()
     assert pretrain("--out", out, *flags, "--resume") == 0
-    assert_same_run(out, whole, "checkpoint.pt", "encoder.pt")
+    conftest.assert_same_run(out, whole, "checkpoint.pt", "encoder.pt")
     assert len(load_file(out / "checkpoint.pt")["history"]) == 3
 
 
-def test_fp16_and_its_loss_scaler_also_taken_up_and_left_by_a_resume(
-    tmp_path, monkeypatch, uninterrupted
-):
+def test_fp16_and_its_loss_scaler_also_taken_up_and_left_by_a_resume(tmp_path, monkeypatch):
     """On a CPU, where the flag is refused, in bfloat16, which is quicker there."""
 
     def autocast(device, dtype):
@@ -296,78 +257,56 @@ def test_fp16_and_its_loss_scaler_also_taken_up_and_left_by_a_resume(
 
     monkeypatch.setattr(train_pretrain, "autocast", autocast)
     dtypes = {"auto": torch.float32, "fp16": torch.float16, "fp32": torch.float32}
-    monkeypatch.setattr(train_pretrain, "pick_dtype", lambda flag, device: dtypes[flag])
-    monkeypatch.setattr(common.metrics, "pick_dtype", lambda flag, device: dtypes[flag])
-    out, steps = tmp_path / "run", []
+    for module in (train_pretrain, common.metrics):
+        monkeypatch.setattr(module, "pick_dtype", lambda flag, device: dtypes[flag])
+    out, whole, steps = tmp_path / "run", tmp_path / "whole", []
     for epoch, dtype in enumerate(["auto", "fp16", "fp16", "fp32"], start=1):
         with at_batch(train_pretrain, epoch, 0, interrupt):
             code = pretrain("--out", out, "--epochs", 4, "--dtype", dtype, "--resume")
         assert code == (130 if epoch < 4 else 0)
         steps.append(load_file(out / "checkpoint.pt")["scaler"].get("_growth_tracker"))
-    assert steps == [None, 4, 8, None]
+    assert steps == [None, 4, 8, None] and pretrain("--out", whole, "--epochs", 4) == 0
     for name in ("loss", "grad_norm"):
-        found, exact = ([m[name] for m in metrics(run, "step")] for run in (out, uninterrupted))
+        found, exact = ([m[name] for m in metrics(run, "step")] for run in (out, whole))
         assert found == pytest.approx(exact, rel=2e-2) and found != exact
 
 
-def die_in_the_second_epoch(moment, *flags):
-    """With half of a checkpoint written, or all of the log and no checkpoint."""
+def die_with_half_a_checkpoint(*flags, save=torch.save):
+    """In the second epoch."""
 
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def write_half(state, path, save=torch.save):
+    def write_half(state, path):
         save(state, path)
         if state.get("epoch") == 2:
             os.truncate(path, os.path.getsize(path) // 2)
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def log(self, trained, end_epoch=common.metrics.MetricLogger.end_epoch, **record):
-        end_epoch(self, trained, **record)
-        if self.epoch == 2:
-            die()
-
-    if moment == "write":
-        torch.save = write_half
-    else:
-        common.metrics.MetricLogger.end_epoch = log
+    torch.save = write_half
     pretrain(*flags)
 
 
-@pytest.mark.parametrize("moment", ["write", "log"])
-def test_a_kill_and_resume_equal_an_uninterrupted_run(tmp_path, uninterrupted, moment):
-    out = tmp_path / "run"
-    flags = (moment, "--out", str(out), "--epochs", "4")
-    [process] = start(f"import test_pretrain; test_pretrain.die_in_the_second_epoch{flags}")
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-    assert load_file(out / "checkpoint.pt")["epoch"] == 1
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "step", "st')
-    assert pretrain("--out", out, "--epochs", 4, "--resume") == 0
-    assert_same_run(out, uninterrupted, "checkpoint.pt", "encoder.pt")
-    assert not list(out.glob("*tmp*"))
-
-
-def test_kills_at_any_moment_and_a_resume_equal_an_uninterrupted_run(tmp_path):
-    """KILLS in the environment is how many; of so short epochs many fall into a checkpoint."""
+def test_kills_and_resumes_equal_an_uninterrupted_run(tmp_path):
+    """The first where it hurts, others at any moment: KILLS in the environment is how many. Of so
+    short epochs many fall into a checkpoint."""
     flags, began = ["--epochs", "20", "--batch-size", "32", "--log-every", "3"], time.time()
     assert pretrain("--out", tmp_path / "whole", *flags) == 0
-    seconds, kills = time.time() - began, int(os.environ.get("KILLS", 4))
-    given, codes = ("--out", str(tmp_path / "run"), *flags, "--resume"), set()
+    seconds, kills, out = time.time() - began, int(os.environ.get("KILLS", 4)), tmp_path / "run"
+    given = ("--out", str(out), *flags, "--resume")
+    [process] = conftest.start(f"import test_pretrain as t; t.die_with_half_a_checkpoint{given}")
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL and load_file(out / "checkpoint.pt")["epoch"] == 1
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "st')
     for _ in range(kills):
-        [process] = start(f"import test_pretrain; test_pretrain.pretrain{given}")
+        [process] = conftest.start(f"import test_pretrain; test_pretrain.pretrain{given}")
         time.sleep(random.uniform(0.1, max(0.3, 2 / kills)) * seconds)
         process.kill()
         process.join()
-        codes.add(process.exitcode)
-    assert -signal.SIGKILL in codes
     assert pretrain(*given) == 0
-    assert_same_run(tmp_path / "run", tmp_path / "whole", "checkpoint.pt", "encoder.pt")
+    conftest.assert_same_run(out, tmp_path / "whole", "checkpoint.pt", "encoder.pt")
+    assert not list(out.glob("*tmp*"))
 
 
 def test_a_run_is_never_overwritten(tmp_path, capsys, monkeypatch):
-    """What else makes a run is in test_checkpoint.py."""
     out, others = tmp_path / "run", make_shapes(33, 1)
     assert pretrain("--out", out) == 0
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -378,9 +317,8 @@ def test_a_run_is_never_overwritten(tmp_path, capsys, monkeypatch):
 
     refused("already holds a run: add --resume")
     refused("continues a run as it began.* other epochs 2 -> 5;", "--resume", "--epochs", 5)
-    with monkeypatch.context() as patch:
-        patch.setattr(common.data, "make_shapes", lambda count, seed: others)
-        refused("has other data_digest", "--resume")
+    monkeypatch.setattr(common.data, "make_shapes", lambda count, seed: others)
+    refused("has other data_digest", "--resume")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     for name in ("checkpoint.pt", "config.json"):  # what is left of a run
         (out / name).unlink()
@@ -399,21 +337,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert load_file(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
-TUNED = ["--from", "scratch", "--train-images", 32, "--drop-path", 0.1, "--ema-decay", 0.9]
-
-
-@pytest.mark.parametrize(("script", "flags"), [(train_pretrain, []), (train_finetune, TUNED)])
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch, script, flags):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):
     """The last loss of an epoch may still be finite when its step ruins the weights."""
-    step = torch.optim.AdamW.step
 
-    def ruin(self, *args, **kwargs):
-        step(self, *args, **kwargs)
+    def ruin(self):
         self.param_groups[0]["params"][0].data.fill_(float("inf"))
 
     monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
-    usual = [*TINY, "--workers", 0, "--batch-size", 32, "--out", tmp_path / "run"]
-    assert run(script, *usual, *flags) == 1
+    assert pretrain("--batch-size", 32, "--out", tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert "a weight after step 1 (epoch 1) is not finite; " in error and "to epoch 0, w" in error
     assert not list((tmp_path / "run").glob("*.pt"))
@@ -429,9 +360,9 @@ class Waits(TorchDispatchMode):
 
 
 LOOPS = {
-    "clipped": (train_pretrain, ["--log-grad-norms", "--clip-grad", 1]),
-    "followed": (train_pretrain, ["--method", "mae", "--feature-weight", 1]),
-    "fine-tuned": (train_finetune, TUNED),
+    "clipped": (train_pretrain, "--log-grad-norms --clip-grad 1"),
+    "followed": (train_pretrain, "--method mae --feature-weight 1"),
+    "fine-tuned": (train_finetune, "--from scratch --train-images 32 --drop-path 0.1"),
 }
 
 
@@ -452,7 +383,7 @@ def test_the_loop_waits_for_the_device_only_to_log(tmp_path, monkeypatch, device
 
     monkeypatch.setattr(script, "batches", watch)
     usual = [*TINY, "--workers", 0, "--device", device, "--device-batch-size", 4]
-    assert run(script, *usual, "--log-every", 99, "--out", tmp_path / "run", *flags) == 0
+    assert run(script, *usual, "--log-every", 99, "--out", tmp_path / "run", *flags.split()) == 0
     assert sum(watched) == 8
 
 
@@ -465,17 +396,15 @@ def test_a_run_on_a_gpu(tmp_path, flags):
 
 def test_the_script_under_torchrun(tmp_path):
     """With ten broken files, told once, whichever process meets them."""
-    folder = write_images(tmp_path / "images")
-    flags = [*TINY, "--data", folder, "--out", tmp_path / "run", "--workers", 1]
+    folder, out = conftest.write_images(tmp_path / "images"), tmp_path / "run"
     for i in range(10, 20):
         (folder / f"{i:03d}.png").write_bytes(b"broken")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command = [*map(str, [*command, ROOT / "train_pretrain.py", *flags, "--resume"])]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [train_pretrain.__file__, *TINY, "--data", folder, "--out", out, "--workers=1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     warned = re.findall(r"(\w+.png) cannot be used", done.stdout)
-    assert len(warned) == len(set(warned)) == metrics(tmp_path / "run", "epoch")[1]["corrupt_files"]
-    assert len(warned) == 10 and "Warning" not in done.stderr
-    assert done.stdout.count("done: ") == 1
-    assert [m["step"] for m in metrics(tmp_path / "run", "step")] == [2, 4, 6, 8]
+    assert len(warned) == len(set(warned)) == 10 == metrics(out, "epoch")[1]["corrupt_files"]
+    assert "Warning" not in done.stderr and done.stdout.count("done: ") == 1
+    assert [m["step"] for m in metrics(out, "step")] == [2, 4, 6, 8]

@@ -30,35 +30,23 @@ def run(*flags) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("size", study.SIZES)
 def test_every_cell_is_what_it_is_called(size):
-    cells, count = study.plan(size, [0, 3]), 3 if size == "long" else 14
-    assert len(set(map(str, cells))) == len(cells) == 2 * count
-    assert {cell.seed for cell in cells[:count]} == {0}  # a whole seed before the next
-    compared = {}
+    cells = study.plan(size, [0, 3])
+    assert len(set(map(str, cells))) == len(cells) == (6 if size == "long" else 28)
     for cell in cells:
         flags = {name: c[1:] for name, c in study.commands(cell, arguments(size)).items()}
         finetune = train_finetune.parse(flags["finetune"])
-        assert finetune.seed == cell.seed and not finetune.ema_decay
         if cell.method == "scratch":
-            assert "pretrain" not in flags
             assert (finetune.from_, finetune.layer_decay) == ("scratch", 1)
             continue
         args = train_pretrain.parse(flags["pretrain"])
         with torch.device("meta"):
             config = train_pretrain.new_model(args, torch.device("meta")).config
-        assert args.seed == cell.seed and args.model == finetune.model
-        assert args.epochs == dict(cpu=3, long=10, gpu=50)[size]
+        assert args.seed == finetune.seed == cell.seed and args.model == finetune.model
         assert finetune.from_ == f"{args.out}/encoder.pt"
         assert config.depth == cell.depth - 6 * cell.truncated
         assert (config.segments > 1, config.dense) == (cell.method != "mae", cell.method == "mirl")
-        assert ("linear" in flags) == ("blocks" in flags) == (not cell.truncated)
         if not cell.truncated:
-            probe = train_finetune.parse(flags["linear"])
-            assert (probe.protocol, probe.from_) == ("linear", finetune.from_)
-            for parsed in (args, finetune, probe):  # of those compared the method alone differs
-                kind = cell.depth, cell.seed, parsed is args, getattr(parsed, "protocol", "")
-                first = vars(compared.setdefault(kind, parsed))
-                differ = {name for name in first if first[name] != vars(parsed)[name]}
-                assert differ <= {"method", "dense", "out", "from_"}
+            assert train_finetune.parse(flags["linear"]).protocol == "linear"
 
 
 def test_table_and_figures_of_known_results(tmp_path):
@@ -112,7 +100,7 @@ def test_the_figures_of_runs(tmp_path, monkeypatch, capsys):
     """One has logged norms, of 8 blocks, but in its last step; the other is still fine-tuning."""
     figures, figure = {}, pytest.importorskip("matplotlib.figure").Figure
     monkeypatch.setattr(
-        figure, "savefig", lambda self, path, **_: figures.update({path.name: self})
+        figure, "savefig", lambda self, path, dpi: figures.update({path.name: self})
     )
     norms = {f"grad_{k}": [i + j / 8 for j in range(8)] for i, k in enumerate(plot.KINDS)}
     logged = [dict(step=2, loss=1.5, **norms), dict(step=4, loss=0.5, **norms)]
@@ -128,14 +116,11 @@ def test_the_figures_of_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot.py", "b", "a"])
     plot.main()
     [losses], grid = (figures[name].axes for name in ("losses.png", "gradients.png"))
-    drawn = [(x.get_label(), [*x.get_xdata()], [*x.get_ydata()]) for x in losses.lines]
-    pretrained = ("a (mae vit_nano)", [2, 4, 6], [1.5, 0.5, 0.25])
-    assert drawn == [("b (fine-tuned vit_nano)", [3], [2]), pretrained]
+    drawn = {x.get_label(): [*x.get_ydata()] for x in losses.lines}
+    assert drawn == {"b (fine-tuned vit_nano)": [2], "a (mae vit_nano)": [1.5, 0.5, 0.25]}
     drawn = [[*x.get_ydata()] for axes in grid for x in axes.lines]
     assert drawn == [[i + block / 8] * 2 for block in (2, 3, 4, 5) for i in range(4)]
     (tmp_path / "b" / "config.json").unlink()
-    for said in ("b is no run: ", "need matplotlib: pip install -e '.[plot]'"):
-        with pytest.raises(SystemExit, match="2"):
-            plot.main()
-        assert said in capsys.readouterr().err
-        monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        plot.main()
+    assert "b is no run: " in capsys.readouterr().err
