@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from math import isqrt
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,10 +31,9 @@ def save(path: Path, write: Callable[[BinaryIO], Any], **options) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__  # torch hides it
-        if not isinstance(reason, OSError):
-            raise
-        kept = "what was there before is kept"
-        raise UserError(f"{path} cannot be written ({reason.strerror}); {kept}") from None
+        if isinstance(reason, OSError):
+            raise UserError(f"{path} cannot be written, it stays as it was: {reason}") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -49,8 +48,7 @@ def save_model(path: Path, model: nn.Module, **more) -> None:
 SAFETENSORS = re.compile(rb".{5}\0\0\0\{", re.DOTALL)  # a length, then JSON
 # What first bytes, or an error, tell of a file that cannot be read: the first that is found.
 REASONS = {
-    r"\A\s*(<|{|version https://git-lfs)": "it is text, such as a web page or git-LFS's pointer to "
-    "the file: download the file itself",
+    r"\A\s*(<|{|version )": "it is text, as a web page or git-LFS's pointer: download it itself",
     r"ModuleNotFoundError": "it needs pip install -e '.[safetensors]'",
     r"GLOBAL (\S+)": r"it names \1: save model.state_dict() alone",
     r"EOF|truncated|central directory|not fully covered": "it ends too early: download it again",
@@ -207,7 +205,7 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
     saved, config = load_file(path), vit.config
     weights = named_tensors(saved)
     weights = {k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))}
-    theirs = config_of(saved, weights, f"--from {path}", config)
+    theirs = config_of(saved, weights, path, config)
     shape = (1, 1 + theirs.num_patches, config.width)
     if theirs.grid != config.grid and weights["pos_embed"].shape == shape:
         say(f"positions resized from {theirs.grid} to {config.grid} patches")
@@ -216,33 +214,34 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
     free = ("norm.", "fc_norm.", "head.")  # as the classes and the pooling want them
     if truncated:
         free += tuple(f"blocks.{k}." for k in range(parts_of(weights, "blocks."), config.depth))
-    missing, unused = load_weights(vit, weights, f"--from {path}", free)
-    own = len(vit.state_dict())
-    say(
-        f"{own - len(missing)} of {own} tensors from {path}; at random: {few(missing) or 'none'}; "
-        f"unused: {few(unused) or 'none'}"
-    )
+    missing, unused = load_weights(vit, weights, path, free)
+    own, told = len(vit.state_dict()), [few(names) or "none" for names in (missing, unused)]
+    taken = f"{own - len(missing)} of {own} tensors from {path}"
+    say("{}; at random: {}; unused: {}".format(taken, *told))
     return missing
 
 
-def config_of(
-    saved: dict[str, Any], vit: dict[str, Tensor], path: str | Path, like: Config | None
-) -> Config:
+def config_of(saved: dict, vit: dict[str, Tensor], path: str | Path, like: Config | None) -> Config:
     """The configuration in a file of ours; of one of others, `like` with what the shapes of a ViT's
-    weights, under timm's names, tell: the patches, and images that are square but where `like` has
-    as many patches. Raises UserError for other weights."""
+    weights, under timm's names, tell: patches, classes, and images that are square but where `like`
+    has as many patches. Raises UserError for other weights."""
+    try:
+        _, C, P, _ = vit["patch_embed.proj.weight"].shape
+        n = vit["pos_embed"].shape[1] - 1
+    except (KeyError, ValueError, IndexError):
+        held = few(vit) or "no tensors"
+        raise UserError(f"{path} holds no weights of a ViT by timm's names, but {held}") from None
     try:
         return Config(**saved["config"])
     except (KeyError, TypeError):  # not ours
         require(like, f"{path} is of no model in mirl.MODELS, so its heads are not known")
-    try:
-        _, C, P, _ = vit["patch_embed.proj.weight"].shape
-        n = vit["pos_embed"].shape[1] - 1
-        size = like.image_size if (n, P) == (like.num_patches, like.patch_size) else P * isqrt(n)
-    except (KeyError, ValueError, IndexError):
-        held = few(vit) or "no tensors"
-        raise UserError(f"{path} holds no weights of a ViT by timm's names, but {held}") from None
-    return dataclasses.replace(like, channels=C, patch_size=P, image_size=size)
+    known = (n, P) == (like.num_patches, like.patch_size)
+    size = like.image_size if known else P * math.isqrt(n)
+    config = dataclasses.replace(like, channels=C, patch_size=P, image_size=size)
+    if "head.weight" in vit:
+        pool = "mean" if "fc_norm.weight" in vit else "cls"
+        config = dataclasses.replace(config, num_classes=len(vit["head.weight"]), pool=pool)
+    return config
 
 
 def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
@@ -276,12 +275,9 @@ def load_classifier(weights: dict[str, Tensor], name: str, path: str) -> mirl.Vi
     """A fine-tuned ViT of the authors, MAE or timm, from its weights under timm's names; depth,
     width and heads are the model's of this name, the rest follows from the weights. Raises
     UserError for other weights."""
-    require("head.weight" in weights, f"--from {path} is no fine-tuned model: it has no head")
-    config = config_of({}, weights, f"--from {path}", mirl.model_config(name))
-    pool = "mean" if "fc_norm.weight" in weights else "cls"
-    classes = len(weights["head.weight"])
-    model = mirl.ViT(dataclasses.replace(config, num_classes=classes, pool=pool))
-    load_weights(model, weights, f"--from {path} (is it --model {name}?)")
+    require("head.weight" in weights, f"{path} is no fine-tuned model: it has no head")
+    model = mirl.ViT(config_of({}, weights, path, mirl.model_config(name)))
+    load_weights(model, weights, f"{path} (is it --model {name}?)")
     return model
 
 

@@ -40,7 +40,7 @@ def test_how_a_script_ends(capsys, monkeypatch):
     for error, code, told in (
         (UserError("No."), 2, "No."),
         (Lost("Lost."), 1, "Lost."),
-        (OSError(""), 2, "OSError"),
+        (OSError(""), 2, "OSError('')"),
         (UserError("Traceback …\nmirl.UserError: In a worker."), 2, "In a worker."),
         (full, 1, "the memory does not suffice: lower the (device) batch size"),
     ):
@@ -68,12 +68,9 @@ def test_a_log_that_cannot_write_every_name(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", 2), ("RANK", 3)])
 def test_an_environment_that_is_torchruns_in_part(monkeypatch, name, value):
-    others = [x for x in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x != name]
-    for other in others:
-        monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(distributed, name, value)
-    message = f"also needs {', '.join(others)} in its environment: start several with torchrun"
+    message = "of RANK, WORLD_SIZE, .* some are not set: start with torchrun"
     refused(distributed.process_group("cpu").__enter__, message=message)
 
 
@@ -97,7 +94,7 @@ def test_which_device(monkeypatch):
     here.current_accelerator.return_value = torch.device("mps")  # of which there is one
     assert distributed.pick_device("auto") == distributed.pick_device("cpu") == CPU
     for flag in ("cuda:1", "mps"):
-        refused(distributed.pick_device, flag, message=f"--device {flag}: .* without torchrun")
+        refused(distributed.pick_device, flag, message=f"--device {flag}: use auto, cuda, cpu$")
 
 
 def in_each_of_two_processes(folder):

@@ -64,8 +64,9 @@ def test_a_log_tells_means_speed_and_waiting(tmp_path, clock, capsys):
     log = new_log(tmp_path)
     for _ in range(2):
         train(log, clock)
+        trained = log.trained(nn.Linear(1, 1))
         clock(7)  # an evaluation
-        log.end_epoch(log.trained(nn.Linear(1, 1)), top1=50.0)
+        log.end_epoch(trained, top1=50.0)
     steps, epochs = metrics(tmp_path, "step"), metrics(tmp_path, "epoch")
     # five steps an epoch: the count goes on, and an epoch's last step is logged
     assert [m["step"] for m in steps] == [2, 4, 5, 6, 8, 10]
