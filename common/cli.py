@@ -52,7 +52,9 @@ class RecipeParser(argparse.ArgumentParser):
         )
         if recipes:
             names = [name for name in recipes if "-" not in name]
-            told = "values for the flags whose help lists one by recipe; a flag that you give wins"
+            told = (
+                f"values for the flags whose help lists one; a given flag wins; default {names[0]}"
+            )
             self.add_argument("--recipe", choices=names, default=names[0], help=told)
 
     def add_argument(self, *names, **options) -> argparse.Action:
