@@ -48,7 +48,7 @@ def save_model(path: Path, model: nn.Module, **more) -> None:
 SAFETENSORS = re.compile(rb".{5}\0\0\0\{", re.DOTALL)  # a length, then JSON
 # What first bytes, or an error, tell of a file that cannot be read: the first that is found.
 REASONS = {
-    r"\A\s*(<|{|version )": "it is text, as a web page or git-LFS's pointer: download it itself",
+    r"\A\s*(<|{|version )": "it is text, a web page or git-LFS's pointer: download the file",
     r"ModuleNotFoundError": "it needs pip install -e '.[safetensors]'",
     r"GLOBAL (\S+)": r"it names \1: save model.state_dict() alone",
     r"EOF|truncated|central directory|not fully covered": "it ends too early: download it again",
@@ -226,18 +226,19 @@ def config_of(saved: dict, vit: dict[str, Tensor], path: str | Path, like: Confi
     weights, under timm's names, tell: patches, classes, and images that are square but where `like`
     has as many patches. Raises UserError for other weights."""
     try:
-        _, C, P, _ = vit["patch_embed.proj.weight"].shape
+        P = vit["patch_embed.proj.weight"].shape[3]
         n = vit["pos_embed"].shape[1] - 1
-    except (KeyError, ValueError, IndexError):
+        size = P * math.isqrt(n)
+    except (KeyError, IndexError, ValueError):
         held = few(vit) or "no tensors"
         raise UserError(f"{path} holds no weights of a ViT by timm's names, but {held}") from None
     try:
         return Config(**saved["config"])
     except (KeyError, TypeError):  # not ours
         require(like, f"{path} is of no model in mirl.MODELS, so its heads are not known")
-    known = (n, P) == (like.num_patches, like.patch_size)
-    size = like.image_size if known else P * math.isqrt(n)
-    config = dataclasses.replace(like, channels=C, patch_size=P, image_size=size)
+    config = like
+    if (n, P) != (like.num_patches, like.patch_size):
+        config = dataclasses.replace(like, patch_size=P, image_size=size)
     if "head.weight" in vit:
         pool = "mean" if "fc_norm.weight" in vit else "cls"
         config = dataclasses.replace(config, num_classes=len(vit["head.weight"]), pool=pool)

@@ -52,9 +52,7 @@ class RecipeParser(argparse.ArgumentParser):
         )
         if recipes:
             names = [name for name in recipes if "-" not in name]
-            told = (
-                f"values for the flags whose help lists one; a given flag wins; default {names[0]}"
-            )
+            told = "sets each flag whose help lists it; a given flag wins; default %(default)s"
             self.add_argument("--recipe", choices=names, default=names[0], help=told)
 
     def add_argument(self, *names, **options) -> argparse.Action:
