@@ -51,6 +51,7 @@ def test_how_a_script_ends(capsys, monkeypatch):
     monkeypatch.setattr(cli, "LOCAL_RANK", 1)
     monkeypatch.setattr(cli, "time", Mock())
     assert ends(UserError("No.")) == (2, "error: process 0: No.\n")
+    assert cli.time.sleep.called
 
 
 def test_a_log_that_cannot_write_every_name(tmp_path):
