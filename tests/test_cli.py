@@ -105,6 +105,14 @@ def in_each_of_two_processes(folder):
             time.sleep(0.3 * (rank == 0))
             Path(folder, "downloaded").touch()
         assert distributed.gather((rank, there)) == [(0, False), (1, True)]
+        # each has its own buffers, until they are shared
+        norm = torch.nn.BatchNorm1d(2, momentum=0.5)
+        parallel = distributed.data_parallel(norm, CPU)
+        for _ in range(2):
+            parallel(torch.full((4, 2), 8.0 * rank))
+        assert distributed.gather(norm.running_mean.tolist()) == [[0, 0], [6, 6]]
+        distributed.share_buffers(norm)
+        assert distributed.gather(norm.running_mean.tolist()) == [[0, 0], [0, 0]]
         # only the first node sees the run that is to be continued
         own = Path(folder, f"node-{rank}")
         own.mkdir()
