@@ -35,7 +35,7 @@ def text(value: str) -> str:
     return value
 
 
-count, positive, share = number(int, low=1), number(low=1e-12), number(low=0, high=1)
+count, positive, share = number(int, low=1), number(low=1e-300), number(low=0, high=1)
 
 
 class RecipeParser(argparse.ArgumentParser):

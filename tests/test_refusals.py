@@ -20,7 +20,7 @@ PRETRAIN = [
     (["--device-batch-size", 3], "--device-batch-size 3 does not divide .*: try 2"),
     (["--epochs", 0], "--epochs: must be from 1 to .*, not 0"),
     (["--warmup-epochs", 5], "--warmup-epochs 5 is longer than the run of 2 epochs"),
-    (["--lr", "-1"], "--lr: must be from 1e-12 to .*, not -1"),
+    (["--lr", "-1"], "--lr: must be from 1e-300 to .*, not -1"),
     (["--seed", 10**400], "--seed: must be from 0 to"),
     (["--data", ""], "--data: must not be empty"),
     (["--warmup", 1], "unrecognized arguments: --warmup"),  # nothing is guessed
