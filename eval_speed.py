@@ -311,7 +311,7 @@ def run(args: argparse.Namespace, models: dict[str, tuple[mirl.Config, Callable]
         distributed.say(table(rows))
         if args.json and distributed.RANK == 0:
             content = json.dumps(dict(head, rows=rows), indent=2) + "\n"
-            save(Path(args.json), lambda path: path.write_text(content))
+            save(Path(args.json), lambda file: file.write(content.encode()))
 
 
 def main(argv: list[str] | None = None) -> None:

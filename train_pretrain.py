@@ -333,7 +333,7 @@ def draw(model: mirl.MIRL, images: Tensor, args: argparse.Namespace, name: str) 
         zoom = math.ceil(96 / images.shape[3])  # so that small images and the names can be seen
         pictures = v2.functional.to_dtype(pictures[:, : len(names)].cpu(), torch.uint8, scale=True)
         pictures = repeat(pictures, "b k c h w -> b k c (h p) (w q)", p=zoom, q=zoom)
-        checkpoint.save(path, titled(pictures, names).save)
+        checkpoint.save(path, titled(pictures, names).save, format="PNG")
     return path
 
 

@@ -2,13 +2,12 @@
 
 import argparse
 import dataclasses
-import errno
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn as nn
@@ -20,23 +19,20 @@ from common.paddle import HARMLESS, PADDLE, Stub, read_paddle
 from mirl import Config, UserError, require
 
 
-def save(path: Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary name beside `path`), moved to `path` when it is complete on the disk. Raises
-    UserError where no space is left; what `path` held stays."""
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+def save(path: Path, write: Callable[[BinaryIO], Any], **options) -> None:
+    """write(open file beside `path`, **options); it is moved to `path` when it is complete on the
+    disk. Raises UserError where the system refuses that; what `path` held stays."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        try:
-            write(temporary)
-        except RuntimeError:  # torch hides the system's reason: who writes more is told it
-            with open(temporary, "ab") as file:
-                file.write(bytes(2**20))
-            raise
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            write(file, **options)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        require(not full, f"no space is left to write {path}: what it held is kept; make room")
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch hides it
+        if isinstance(reason, OSError):
+            raise UserError(f"{path} cannot be written, it stays as it was: {reason}") from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -46,32 +42,27 @@ def save_model(path: Path, model: nn.Module, **more) -> None:
     """What `model` can be rebuilt from on any machine: its weights, on the CPU, and its config."""
     weights = {k: v.cpu() for k, v in model.state_dict().items()}
     state = dict(model=weights, config=dataclasses.asdict(model.config)) | more
-    save(path, lambda temporary: torch.save(state, temporary))
+    save(path, lambda file: torch.save(state, file))
 
 
 SAFETENSORS = re.compile(rb".{5}\0\0\0\{", re.DOTALL)  # a length, then JSON
 # What first bytes, or an error, tell of a file that cannot be read: the first that is found.
 REASONS = {
-    r"SafetensorError|central directory|EOF|truncated": "it ends too early: download it again",
-    r"\Aversion https://git-lfs": "it is git-LFS's pointer to the file: fetch that by git lfs pull",
-    r"\A\s*[<{]": "it is a web page or other text: download the file itself",
+    r"\A\s*(<|{|version )": "it is text, a web page or git-LFS's pointer: download the file",
     r"ModuleNotFoundError": "it needs pip install -e '.[safetensors]'",
     r"GLOBAL (\S+)": r"it names \1: save model.state_dict() alone",
-    r"TorchScript": "it is a TorchScript program: save the state dict of what torch.jit.load gives",
-    r"not in a subdirectory": "it is an archive: unpack it",
-    r"MemoryError|allocate memory": "the memory does not suffice for it",
-    r"\[Errno \d+\] (.*)": r"\1",
-    r"Error: (it (?:names|has) .*)": r"\1",  # of `read_paddle`
+    r"EOF|truncated|central directory|not fully covered": "it ends too early: download it again",
+    r"Weights only": "it is damaged, or holds more than tensors and plain values",
 }
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
     """The tensors and plain values in a file of torch or safetensors, on the CPU, or what
-    `read_paddle` makes of a file of the authors. Raises UserError for anything else."""
-    first = b""
+    `read_paddle` makes of a file of the authors. Raises OSError where it cannot be opened, and
+    UserError for any that is something else."""
+    with open(path, "rb") as file:
+        first = file.read(64)
     try:
-        with open(path, "rb") as file:
-            first = file.read(64)
         if SAFETENSORS.match(first):
             import safetensors.torch
 
@@ -79,12 +70,10 @@ def load_file(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(Stub, name) for name in HARMLESS]):
             paddle = PADDLE.match(first)
             saved = read_paddle(path) if paddle else torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch raises many kinds for what is not its own
         signs = f"{first.decode('latin1')}\n{type(error).__name__}: {error}"
         found = (m.expand(REASONS[p]) for p in REASONS if (m := re.search(p, signs)))
-        reason = next(found, "it is damaged, or of no known format")
+        reason = next(found, f"{error!r:.100}")
         raise UserError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
     require(isinstance(saved, dict), f"{path} is no checkpoint: it holds a {type(saved).__name__}")
     return saved
@@ -120,29 +109,21 @@ def resume(out: str, parts: dict[str, Any], identity: dict[str, Any]) -> dict[st
     """
     path = Path(out) / "checkpoint.pt"
     saved = load_file(path) if path.exists() else {}
-    epochs = gather(saved.get("epoch", 0))
-    require(len(set(epochs)) == 1, f"--out {out} must be shared by all nodes")
+    everywhere = {*gather(saved.get("epoch"))}
+    require(len(everywhere) == 1, f"--out {out} must be shared by all nodes")
     if not saved:
         return saved
     try:
         old, new = saved["identity"], identity.get
         other = [f"{k} {v!s:.60} -> {new(k)!s:.60}" for k, v in old.items() if v != new(k)]
-        require(
-            not other,
-            f"--resume continues a run as it began, and {path} has other {', '.join(other)}; give "
-            "what it began with, or another --out",
-        )
+        require(not other, f"it has other {few(other)}; give what it began with, or another --out")
         for name, part in parts.items():
             if saved[name]:  # the loss scaler has nothing to save but in fp16
                 part.load_state_dict(saved[name])
         say(f"resuming {path} after epoch {saved['epoch']} of {identity['epochs']}")
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
-        raise UserError(
-            f"--resume: {path} is damaged or no checkpoint of this script: move it away to start "
-            "anew, or choose another --out"
-        ) from None
+    except Exception as error:  # a damaged file can be anything
+        reason = error if isinstance(error, UserError) else f"damaged? {error!r:.100}"
+        raise UserError(f"--resume cannot continue {path}: {reason}") from None
     return saved
 
 
@@ -150,7 +131,7 @@ def save_checkpoint(out: str, parts: dict[str, Any], **more) -> None:
     """The state of every part and what else a resume needs, from the main process."""
     if RANK == 0:
         state = {name: part.state_dict() for name, part in parts.items()} | more
-        save(Path(out) / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
+        save(Path(out) / "checkpoint.pt", lambda file: torch.save(state, file))
 
 
 def tensors_in(saved: dict, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
@@ -179,6 +160,18 @@ def named_tensors(saved: dict[str, Any], whole: bool = False) -> dict[str, Tenso
     return {k.removeprefix(stem): x for k, x in tensors.items() if k.startswith(stem)}
 
 
+def few(names: Iterable[str], limit: int = 4) -> str:
+    """The first of them, and how many more there are."""
+    names = [*names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def parts_of(weights: dict[str, Tensor], stem: str) -> int:
+    """How many parts there are below a name that ends in a dot."""
+    return len({k.removeprefix(stem).split(".")[0] for k in weights if k.startswith(stem)})
+
+
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], path: str | Path, free: tuple[str, ...] = ()
 ) -> tuple[list[str], list[str]]:
@@ -186,18 +179,17 @@ def load_weights(
     UserError for any that do not begin with one of `free`, and for values that are no finite
     numbers; the model is then unchanged."""
     own = model.state_dict()
-    theirs, ours = ({k: tuple(v.shape) for k, v in x.items()} for x in (weights, own))
-    fitting = {k: v for k, v in weights.items() if theirs[k] == ours.get(k)}
+    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     missing, unused = ([k for k in names if k not in fitting] for names in (own, weights))
-    wrong = [
-        f"{k} is {theirs.get(k, 'missing')} in it, {ours.get(k, 'missing')} in the model"
-        for k in dict.fromkeys(missing + unused)
-        if not k.startswith(free)
-    ]
-    bad = {k: int((~v.float().isfinite()).sum()) for k, v in fitting.items()}
-    wrong += [f"{k} holds NaN or infinity {count} times" for k, count in bad.items() if count]
-    wrong[3:] = [f"and {len(wrong) - 3} more"] * (len(wrong) > 3)
-    require(not wrong, f"{path} does not fit the model: {'; '.join(wrong)}")
+    wrong = []
+    for name in dict.fromkeys(missing + unused):
+        if not name.startswith(free):
+            shapes = [tuple(x[name].shape) if name in x else "missing" for x in (weights, own)]
+            wrong.append("{} is {} in it, {} in the model".format(name, *shapes))
+    for name, value in fitting.items():
+        if not value.float().isfinite().all():
+            wrong.append(f"{name} holds NaN or infinity")
+    require(not wrong, f"{path} does not fit the model: {few(wrong, 1)}")
     model.load_state_dict(own | fitting)
     return missing, unused
 
@@ -210,95 +202,72 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
     positions of another grid are resized. truncated: the file may have fewer blocks [S E]. Raises
     UserError where anything else does not fit; the ViT is then unchanged.
     """
-    saved = load_file(path)
+    saved, config = load_file(path), vit.config
     weights = named_tensors(saved)
     weights = {k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))}
-    require(
-        "cls_token" in weights,
-        f"--from {path} holds no weights of a ViT under timm's names, to which others must be "
-        f"converted, but {', '.join([*weights][:3]) or 'no tensors'}",
-    )
-    table = weights.get("pos_embed")
-    if table is not None and table.ndim == 3:
-        weights["pos_embed"] = fit_positions(table.float(), saved.get("config"), vit.config)
+    theirs = config_of(saved, weights, path, config)
+    shape = (1, 1 + theirs.num_patches, config.width)
+    if theirs.grid != config.grid and weights["pos_embed"].shape == shape:
+        say(f"positions resized from {theirs.grid} to {config.grid} patches")
+        table = weights["pos_embed"].float()
+        weights["pos_embed"] = mirl.resize_positions(table, theirs.grid, config.grid)
     free = ("norm.", "fc_norm.", "head.")  # as the classes and the pooling want them
     if truncated:
-        free += tuple(f"blocks.{k}." for k in range(depth_of(weights), vit.config.depth))
-    missing, unused = load_weights(vit, weights, f"--from {path}", free)
-    own = len(vit.state_dict())
-    report = f"{own - len(missing)} of {own} tensors from {path}"
-    for what, names in (("at random", missing), ("unused", unused)):
-        short = dict.fromkeys(re.sub(r"^(blocks\.\d+)\..*", r"\1", name) for name in names)
-        report += f"; {what}: {', '.join(short)}" if names else ""
-    say(report)
+        free += tuple(f"blocks.{k}." for k in range(parts_of(weights, "blocks."), config.depth))
+    missing, unused = load_weights(vit, weights, path, free)
+    own, told = len(vit.state_dict()), [few(names) or "none" for names in (missing, unused)]
+    taken = f"{own - len(missing)} of {own} tensors from {path}"
+    say("{}; at random: {}; unused: {}".format(taken, *told))
     return missing
 
 
-def fit_positions(table: Tensor, theirs: Any, config: Config) -> Tensor:
-    """A position table (1, 1+n, D) resized to the grid of `config`, from that of `theirs`, which
-    tells a `Config`, or is square. Raises UserError where n is no square."""
-    n = table.shape[1] - 1
+def config_of(saved: dict, vit: dict[str, Tensor], path: str | Path, like: Config | None) -> Config:
+    """The configuration in a file of ours; of one of others, `like` with what the shapes of a ViT's
+    weights, under timm's names, tell: patches, classes, and images that are square but where `like`
+    has as many patches. Raises UserError for other weights."""
     try:
-        grid = Config(**theirs).grid
-    except TypeError:  # not a file of ours
-        grid = config.grid if n == config.num_patches else (math.isqrt(n), math.isqrt(n))
-    if grid == config.grid:
-        return table
-    require(math.prod(grid) == n, f"--from holds {n} positions, which are no square grid")
-    say(f"positions resized from {grid} to {config.grid} patches")
-    return mirl.resize_positions(table, grid, config.grid)
-
-
-def depth_of(weights: dict[str, Tensor], blocks: str = "blocks.") -> int:
-    """How many parts there are below a name that ends in a dot."""
-    return len({k[len(blocks) :].split(".")[0] for k in weights if k.startswith(blocks)})
-
-
-def encoder_shape(weights: dict[str, Tensor], path: str | Path) -> dict[str, int]:
-    """What the shapes of a ViT's weights, under timm's names, say of its `Config`: for square
-    images all but the heads. Raises UserError for other weights."""
+        P = vit["patch_embed.proj.weight"].shape[3]
+        n = vit["pos_embed"].shape[1] - 1
+        size = P * math.isqrt(n)
+    except (KeyError, IndexError, ValueError):
+        held = few(vit) or "no tensors"
+        raise UserError(f"{path} holds no weights of a ViT by timm's names, but {held}") from None
     try:
-        D, C, P, _ = weights["patch_embed.proj.weight"].shape
-        size = P * math.isqrt(weights["pos_embed"].shape[1] - 1)
-    except (KeyError, ValueError, IndexError):
-        raise UserError(f"{path} holds no weights of a ViT") from None
-    return dict(depth=depth_of(weights), width=D, channels=C, patch_size=P, image_size=size)
+        return Config(**saved["config"])
+    except (KeyError, TypeError):  # not ours
+        require(like, f"{path} is of no model in mirl.MODELS, so its heads are not known")
+    config = like
+    if (n, P) != (like.num_patches, like.patch_size):
+        config = dataclasses.replace(like, patch_size=P, image_size=size)
+    if "head.weight" in vit:
+        pool = "mean" if "fc_norm.weight" in vit else "cls"
+        config = dataclasses.replace(config, num_classes=len(vit["head.weight"]), pool=pool)
+    return config
 
 
 def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
     """The model that a file of pre-training holds, decoders and all.
 
-    overrides: fields of `Config` to be replaced. The authors' file tells all but `heads` and
-    `decoder_heads`, which are of the model in MODELS with as many blocks, of this width, in as many
-    segments, or in the overrides. Raises UserError where the file holds no such model.
+    overrides: fields of `Config` to be replaced. The authors' file tells all but the heads, which
+    are those of the model in MODELS with as many blocks, of this width, in as many segments. Raises
+    UserError where the file holds no such model.
     """
     saved = load_file(path)
     weights = named_tensors(saved, whole=True)
     require(
         weights.keys() >= {"encoder.cls_token", "decoders.0.mask_token"},
-        f"{path} holds no decoders: give a checkpoint.pt of pre-training, or the authors' file of "
-        "a pre-trained model",
+        f"{path} holds no decoders: give a checkpoint.pt of pre-training, or the authors'",
     )
-    fields = saved.get("config")
-    if fields is None:
-        fields = encoder_shape(named_tensors(saved), path) | dict(
-            segments=depth_of(weights, "decoders."),
-            decoder_width=weights["decoders.0.mask_token"].shape[2],
-            decoder_depth=depth_of(weights, "decoders.0.blocks."),
-            weight_norm="decoders.0.head.weight" not in weights,
-        )
-        size = fields["depth"], fields["width"], fields["segments"]
-        alike = [c for c in mirl.MODELS.values() if (c.depth, c.width, c.segments) == size]
-        fields |= {k: getattr(c, k) for c in alike for k in ("heads", "decoder_heads")}
-        require(
-            fields.keys() | overrides >= {"heads", "decoder_heads"},
-            "{}: no model has {} blocks of width {} in {} segments, so its heads are not known: "
-            "give heads and decoder_heads".format(path, *size),
-        )
-    try:
-        model = mirl.MIRL(Config(**fields | overrides))
-    except TypeError:
-        raise UserError(f"{path} has a config that is no model's: {fields!s:.80}") from None
+    depth, width = parts_of(weights, "encoder.blocks."), weights["encoder.cls_token"].shape[2]
+    size = depth, width, parts_of(weights, "decoders.")
+    alike = (c for c in mirl.MODELS.values() if (c.depth, c.width, c.segments) == size)
+    fields = dict(
+        decoder_width=weights["decoders.0.mask_token"].shape[2],
+        decoder_depth=parts_of(weights, "decoders.0.blocks."),
+        weight_norm="decoders.0.head.weight" not in weights,
+    )
+    config = config_of(saved, named_tensors(weights), path, next(alike, None))
+    model = mirl.MIRL(dataclasses.replace(config, **fields | overrides))
     load_weights(model, weights, path, ("feature_", "momentum_encoder."))  # of further objectives
     return model
 
@@ -307,12 +276,9 @@ def load_classifier(weights: dict[str, Tensor], name: str, path: str) -> mirl.Vi
     """A fine-tuned ViT of the authors, MAE or timm, from its weights under timm's names; depth,
     width and heads are the model's of this name, the rest follows from the weights. Raises
     UserError for other weights."""
-    require("head.weight" in weights, f"--from {path} is no fine-tuned model: it has no head")
-    named = mirl.model_config(name)
-    shape = encoder_shape(weights, path) | dict(depth=named.depth, width=named.width)
-    pool = "mean" if "fc_norm.weight" in weights else "cls"
-    model = mirl.build_vit(name, **shape, num_classes=len(weights["head.weight"]), pool=pool)
-    load_weights(model, weights, f"--from {path} (is it --model {name}?)")
+    require("head.weight" in weights, f"{path} is no fine-tuned model: it has no head")
+    model = mirl.ViT(config_of({}, weights, path, mirl.model_config(name)))
+    load_weights(model, weights, f"{path} (is it --model {name}?)")
     return model
 
 

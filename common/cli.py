@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib.util
-import math
 import os
 import sys
 import time
@@ -16,16 +15,13 @@ from mirl import UserError, require
 switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
-def number(kind=float, low=-math.inf, above=-math.inf, high=math.inf) -> Callable[[str], Any]:
-    """A type for argparse: an int or float from `low` to `high`, and greater than `above`."""
+def number(kind=float, low=-1e18, high=1e18) -> Callable[[str], Any]:
+    """A type for argparse: an int or float from `low` to `high`."""
 
     def parse(text: str) -> int | float:
         value = kind(text)
-        limits = {"finite": abs(value) < 2**63, f"at least {low}": value >= low}  # NaN is neither
-        limits |= {f"greater than {above}": value > above, f"at most {high}": value <= high}
-        for limit, holds in limits.items():
-            if not holds:
-                raise argparse.ArgumentTypeError(f"must be {limit}, not {text:.40}")
+        if not low <= value <= high:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text:.40}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -39,7 +35,7 @@ def text(value: str) -> str:
     return value
 
 
-count, positive, share = number(int, low=1), number(above=0), number(low=0, high=1)
+count, positive, share = number(int, low=1), number(low=1e-300), number(low=0, high=1)
 
 
 class RecipeParser(argparse.ArgumentParser):
@@ -56,8 +52,7 @@ class RecipeParser(argparse.ArgumentParser):
         )
         if recipes:
             names = [name for name in recipes if "-" not in name]
-            told = "values for the flags whose help lists one by recipe; a flag that you give wins"
-            told += f"; default {names[0]}"
+            told = "sets each flag whose help lists it; a given flag wins; default %(default)s"
             self.add_argument("--recipe", choices=names, default=names[0], help=told)
 
     def add_argument(self, *names, **options) -> argparse.Action:
@@ -90,8 +85,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
          help="the effective batch, over all processes and accumulated micro-batches")
     flag("--device-batch-size", type=count,
          help="images on a device at a time, the rest of the batch being accumulated; lower it "
-         "where memory runs out. Default: what divides the batch, up to 256 images of 224 pixels "
-         "in pre-training, 128 in fine-tuning, more of smaller ones")
+         "where memory runs out. Default: what divides the batch, more of smaller images")
     flag("--lr", type=positive, help="peak learning rate; default --base-lr x --batch-size / 256")
     flag("--base-lr", type=positive,
          help="learning rate for a batch of 256; raise it for small models and short runs")
@@ -105,8 +99,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--device", type=text, default="auto",
          help="auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu; default auto")
     flag("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-         help="precision of the forward pass; auto is bf16 on GPUs made for it, else fp32 (on a "
-         "GPU with TF32 in matrix products). fp16 runs with a loss scaler and overflows sooner")
+         help="precision of the forward pass; auto is bf16 on GPUs made for it, else fp32. fp16 "
+         "runs with a loss scaler and overflows sooner")
     flag("--compile", action=switch, default=False,
          help="torch.compile: minutes of waiting first, then faster steps")
     flag("--workers", type=number(int, low=0), default=default_workers(),
@@ -149,22 +143,20 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     with contextlib.suppress(AttributeError):  # a notebook's stdout has no encoding
         sys.stdout.reconfigure(errors="backslashreplace")  # names that it cannot write, as stderr
     try:
-        main(argv)
+        return main(argv)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; a training run goes on with --resume after its last complete "
-              "epoch", file=sys.stderr)  # fmt: skip
-        raise SystemExit(130) from None
+        code, sentence = 130, "stopped by Ctrl-C; a training run goes on with --resume"
     except (UserError, OSError, RuntimeError) as error:
-        memory = out_of_memory(error)
-        if not memory and not isinstance(error, UserError | OSError):
+        if out_of_memory(error):
+            code, sentence = 1, "the memory does not suffice: lower the (device) batch size"
+        elif isinstance(error, UserError | OSError):
+            code, sentence = getattr(error, "exit_code", 2), str(error).strip() or repr(error)
+            # an error in a worker process comes with its traceback, and the sentence at the end
+            sentence = sentence.splitlines()[-1].removeprefix("mirl.UserError: ")
+        else:
             raise
-        # an error in a worker process comes with its traceback, and the sentence at the end
-        text = str(error).strip() or type(error).__name__
-        sentence = text.splitlines()[-1].removeprefix("mirl.UserError: ")
-        if memory:
-            sentence = "the memory does not suffice: lower the (device) batch size"
-        if LOCAL_RANK:
-            time.sleep(2)  # where the first process says the same, torchrun ends this one here
-            sentence = f"process {RANK}: {sentence}"
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        raise SystemExit(1 if memory else getattr(error, "exit_code", 2)) from None
+    if LOCAL_RANK:
+        time.sleep(2)  # where the first process says the same, torchrun ends this one here
+        sentence = f"process {RANK}: {sentence}"
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(code)

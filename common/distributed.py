@@ -1,8 +1,8 @@
 """Processes and devices."""
 
 import contextlib
-import inspect
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -30,11 +30,10 @@ def say(text: str) -> None:
 def process_group(device_flag: str) -> Iterator[torch.device]:
     """Yields this process's device; under torchrun, joins the others first. Raises UserError for a
     device that is not there, or where only some of torchrun's variables are set."""
-    lacking = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.getenv(n)]
+    together = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     require(
-        not lacking or (RANK, WORLD_SIZE) == (0, 1),
-        f"process {RANK} of {WORLD_SIZE} also needs {', '.join(lacking)} in its environment: start "
-        "several with torchrun, or unset RANK and WORLD_SIZE",
+        (RANK, WORLD_SIZE) == (0, 1) or all(map(os.getenv, together)),
+        f"of {', '.join(together)} some are not set: start with torchrun, or unset them all",
     )
     device = pick_device(device_flag)
     if cuda := device.type == "cuda":
@@ -56,19 +55,12 @@ def pick_device(flag: str) -> torch.device:
         here = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
         name = here if here == "cuda" or (here == "mps" and WORLD_SIZE == 1) else "cpu"
     name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
-    known = name.split(":")[0] in ("cuda", "mps", "cpu")
-    require(
-        known if WORLD_SIZE == 1 else flag in ("auto", "cuda", "cpu"),
-        f"--device {flag}: use auto, cuda or cpu, or without torchrun cuda:N or mps",
-    )
+    known = ["auto", "cuda", "cpu"] + ["mps", "cuda:N"] * (WORLD_SIZE == 1)
+    require(re.sub(r"\d+$", "N", flag) in known, f"--device {flag}: use {', '.join(known)}")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {flag}: process {LOCAL_RANK} of this node cannot have it ({reason}); use "
-            "fewer processes or another device"
-        ) from None
+        raise UserError(f"--device {flag}: no {name} ({str(error).splitlines()[0]})") from None
 
 
 def pick_dtype(flag: str, device: torch.device) -> torch.dtype:
@@ -92,11 +84,10 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     alone: see `share_buffers`."""
     if WORLD_SIZE == 1:
         return model
-    DDP = nn.parallel.DistributedDataParallel
-    names = ("forward_sync_buffers", "broadcast_buffers")  # newer versions of torch renamed it
-    name = next(n for n in names if n in inspect.signature(DDP).parameters)
     ids = [device] if device.type == "cuda" else None
-    return DDP(model, ids, gradient_as_bucket_view=True, **{name: False})
+    parallel = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+    parallel.broadcast_buffers = False  # as an argument it has another name in newer torch
+    return parallel
 
 
 def syncs_batch_norm(device: torch.device) -> bool:

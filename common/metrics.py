@@ -91,9 +91,9 @@ class MetricLogger:
         settings = vars(args) | dict(device=str(device), dtype=dtype, processes=WORLD_SIZE)
         settings |= dict(device_batch_size=self.size, accumulation=self.accumulation)
         settings |= dict(model_config=dataclasses.asdict(model.config))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=2) + "\n"
-        save(self.path.with_name("config.json"), lambda path: path.write_text(text))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save(self.path.with_name("config.json"), lambda file: file.write(text.encode()))
         with open(self.path, "ab") as file:
             file.truncate(min(self.written, file.tell()))
         if args.tensorboard:
@@ -101,20 +101,18 @@ class MetricLogger:
 
             folder = self.path.with_name("tensorboard")
             self.board = SummaryWriter(folder, purge_step=self.step + 1)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(
-            f"{args.model}, {trained / 1e6:.2f}M parameters, on {device}; "
-            f"{self.images} images, {self.steps} steps an epoch, lr {args.lr:.3g}; "
-            f"effective batch {args.batch_size} = {WORLD_SIZE} process(es) x "
-            f"{self.size} images x {self.accumulation} accumulated"
+            f"{args.model}, {count / 1e6:.2f}M parameters, on {device}; {self.images} images, "
+            f"{self.steps} steps an epoch, lr {args.lr:.3g}; effective batch {args.batch_size} = "
+            f"{WORLD_SIZE} process(es) x {self.size} images x {self.accumulation} accumulated"
         )
 
     def start_epoch(self, epoch: int) -> None:
         """epoch: from 1."""
-        self.epoch = epoch
-        self.epoch_losses: list[Tensor] = []  # of each step up to the last log
         self.start_window()
-        self.epoch_began = self.clock
+        self.epoch, self.began = epoch, self.clock
+        self.losses: list[Tensor] = []  # of each step up to the last log
 
     def start_window(self) -> None:
         """From here on to the next log: the losses (terms,) of each micro-batch."""
@@ -152,10 +150,10 @@ class MetricLogger:
             dist.all_reduce(losses)
             losses /= WORLD_SIZE
         losses = losses.cpu().double()  # here the loop waits for the device
-        self.go_on_if(losses.isfinite().all(), "a loss up to")
+        self.check(losses, "a loss up to")
+        self.losses.append(losses)
         seconds = time.perf_counter() - self.clock
         speed = len(losses) * self.args.batch_size / seconds
-        self.epoch_losses.append(losses)
         means = dict(zip(self.names, losses.mean(dim=0).tolist()))
         self.record = dict(epoch=self.epoch, step=self.step, **means, lr=lr, grad_norm=norm.item())
         self.record |= dict(
@@ -172,24 +170,21 @@ class MetricLogger:
             say(f"{place}  {text}  {left} left")
         self.start_window()
 
-    def go_on_if(self, finite: Tensor, what: str) -> None:
-        if not finite:
+    def check(self, values: Tensor, what: str) -> None:
+        if not values.isfinite().all():
             raise TrainingError(
-                f"{what} step {self.step} (epoch {self.epoch}) is not finite; {self.args.out} is "
-                f"complete up to epoch {self.epoch - 1}, where --resume goes on; try a lower --lr, "
-                "--clip-grad 1, or --dtype bf16 or fp32"
+                f"{what} step {self.step} (epoch {self.epoch}) is not finite: --resume goes on "
+                f"after epoch {self.epoch - 1}; try a lower --lr, --clip-grad 1, or --dtype fp32"
             )
 
     def trained(self, model: nn.Module) -> dict[str, Any]:
         """The record of the epoch's last step, with the means and the speed of all. Raises
         TrainingError for NaN or infinity in the weights, which that step may have ruined."""
-        finite = torch.stack([p.isfinite().all() for p in model.parameters()])
-        self.go_on_if(finite.all(), "a weight after")
-        training = self.clock - self.epoch_began  # up to the last step, which was logged
-        speed = round(self.steps * self.args.batch_size / training, 1)
-        means = dict(zip(self.names, torch.cat(self.epoch_losses).mean(dim=0).tolist()))
+        self.check(torch.stack([p.sum() for p in model.parameters()]), "a weight after")
         self.start_window()
-        seconds = self.clock - self.epoch_began
+        seconds = self.clock - self.began
+        speed = round(self.steps * self.args.batch_size / seconds, 1)
+        means = dict(zip(self.names, torch.cat(self.losses).mean(dim=0).tolist()))
         return self.record | means | dict(images_per_second=speed, seconds=seconds)
 
     def end_epoch(self, trained: dict[str, Any], **record) -> None:

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # How a file of PaddlePaddle begins: a pickle of protocol 2 to 4, and not torch's old format. [R]
 PADDLE = re.compile(rb"\x80[\x02-\x04](?!\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19)")
-PADDLE_DTYPES = dict(f2=torch.float16, f4=torch.float32, f8=torch.float64, b1=torch.bool)
-PADDLE_DTYPES |= dict(i1=torch.int8, i2=torch.int16, i4=torch.int32, i8=torch.int64)
-PADDLE_DTYPES |= dict(u1=torch.uint8, u2=torch.bfloat16)  # numpy has no bfloat16
 # What only pre-training has: the authors' names and ours; \1 is the segment, from 0. [R]
 PADDLE_NAMES = {
     r"norm_low": r"input_norm",
@@ -61,21 +59,19 @@ class PaddleUnpickler(pickle.Unpickler):
         }
         full = f"{module.replace('__builtin__', 'builtins')}.{name}"
         if full not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # as torch says it
         return known[full]
 
 
-def read_paddle(path: str | Path) -> Any:
+def read_paddle(path: str | Path) -> dict[str, Any]:
     """A file of the authors, as if it were ours: {"model": weights by our names}. [R]
 
     A tensor in it is a numpy array, or (name, array); one over 1 GiB is cut into pieces. Linear
-    weights, the only ones of two dimensions, become torch's (out, in). What is no dict is returned
-    as it is. Raises any exception for what is damaged or names anything that is not expected.
+    weights, the only ones of two dimensions, become torch's (out, in). Raises any exception for
+    what is damaged or names anything that is not expected.
     """
     with open(path, "rb") as file:
         saved = PaddleUnpickler(file).load()
-    if not isinstance(saved, dict):
-        return saved
     state = saved.get("model", saved)
     tensors = {}
     for name, array in state.items():
@@ -101,12 +97,9 @@ def read_paddle(path: str | Path) -> Any:
 def paddle_tensor(array: Stub) -> Tensor:
     """The tensor that an array's state (1, shape, dtype, Fortran order, bytes) describes."""
     _, shape, dtype, fortran, content = array.state
-    kind, order = dtype.args[0], dtype.state[1]
-    if kind not in PADDLE_DTYPES or order == ">":
-        raise pickle.UnpicklingError(f"it has an array of {order}{kind}")
-    flat = torch.empty(0, dtype=PADDLE_DTYPES[kind])
-    if content:
-        flat = torch.frombuffer(bytearray(content), dtype=flat.dtype)  # a copy, to write to
-    if fortran:
-        return flat.reshape(shape[::-1]).permute(*reversed(range(len(shape))))
-    return flat.reshape(shape)
+    kind, byte_order = dtype.args[0], dtype.state[1]
+    if not re.fullmatch("[fiub][1248]", kind) or byte_order == ">":  # never Python's objects
+        raise pickle.UnpicklingError(f"it has an array of {byte_order}{kind}")
+    copy = bytearray(content)  # to write to
+    x = torch.from_numpy(np.ndarray(shape, kind, copy, order="F" if fortran else "C"))
+    return x.view(torch.bfloat16) if kind == "u2" else x  # numpy has no bfloat16

@@ -274,10 +274,10 @@ def test_fp16_and_its_loss_scaler_also_taken_up_and_left_by_a_resume(tmp_path, m
 def die_with_half_a_checkpoint(*flags, save=torch.save):
     """In the second epoch."""
 
-    def write_half(state, path):
-        save(state, path)
+    def write_half(state, file):
+        save(state, file)
         if state.get("epoch") == 2:
-            os.truncate(path, os.path.getsize(path) // 2)
+            file.truncate(file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = write_half
@@ -316,7 +316,7 @@ def test_a_run_is_never_overwritten(tmp_path, capsys, monkeypatch):
         assert re.search(message, capsys.readouterr().err)
 
     refused("already holds a run: add --resume")
-    refused("continues a run as it began.* other epochs 2 -> 5;", "--resume", "--epochs", 5)
+    refused("cannot continue .* other epochs 2 -> 5;", "--resume", "--epochs", 5)
     monkeypatch.setattr(common.data, "make_shapes", lambda count, seed: others)
     refused("has other data_digest", "--resume")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -333,7 +333,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         assert pretrain(*flags) == 1
     error = capsys.readouterr().err
     assert "a loss up to step 8 (epoch 2) is not finite" in error
-    assert f"; {tmp_path}/run is complete up to epoch 1, where --resume goes on;" in error
+    assert "is not finite: --resume goes on after epoch 1; try a lower" in error
     assert load_file(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
@@ -346,7 +346,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
     assert pretrain("--batch-size", 32, "--out", tmp_path / "run") == 1
     error = capsys.readouterr().err
-    assert "a weight after step 1 (epoch 1) is not finite; " in error and "to epoch 0, w" in error
+    assert "a weight after step 1 (epoch 1) is not finite: " in error
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
