@@ -235,7 +235,7 @@ def config_of(saved: dict, vit: dict[str, Tensor], path: str | Path, like: Confi
     try:
         return Config(**saved["config"])
     except (KeyError, TypeError):  # not ours
-        require(like, f"{path} is of no model in mirl.MODELS, so its heads are not known")
+        require(like, f"{path} is of no model in mirl.MODELS: give heads and decoder_heads")
     config = like
     if (n, P) != (like.num_patches, like.patch_size):
         config = dataclasses.replace(like, patch_size=P, image_size=size)
@@ -249,8 +249,8 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
     """The model that a file of pre-training holds, decoders and all.
 
     overrides: fields of `Config` to be replaced. The authors' file tells all but the heads, which
-    are those of the model in MODELS with as many blocks, of this width, in as many segments. Raises
-    UserError where the file holds no such model.
+    are in the overrides, or those of the model in MODELS with as many blocks, of this width, in as
+    many segments. Raises UserError where the file holds no such model.
     """
     saved = load_file(path)
     weights = named_tensors(saved, whole=True)
@@ -260,13 +260,15 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
     )
     depth, width = parts_of(weights, "encoder.blocks."), weights["encoder.cls_token"].shape[2]
     size = depth, width, parts_of(weights, "decoders.")
-    alike = (c for c in mirl.MODELS.values() if (c.depth, c.width, c.segments) == size)
+    alike = [c for c in mirl.MODELS.values() if (c.depth, c.width, c.segments) == size]
+    if overrides.keys() >= {"heads", "decoder_heads"}:
+        alike = [Config(depth, width, overrides["heads"], segments=size[2])]
     fields = dict(
         decoder_width=weights["decoders.0.mask_token"].shape[2],
         decoder_depth=parts_of(weights, "decoders.0.blocks."),
         weight_norm="decoders.0.head.weight" not in weights,
     )
-    config = config_of(saved, named_tensors(weights), path, next(alike, None))
+    config = config_of(saved, named_tensors(weights), path, alike[0] if alike else None)
     model = mirl.MIRL(dataclasses.replace(config, **fields | overrides))
     load_weights(model, weights, path, ("feature_", "momentum_encoder."))  # of further objectives
     return model

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import make_shapes, refused, stored
+from conftest import make_shapes, perturbed, refused, stored, vit
 
 import mirl
 import train_finetune
@@ -22,20 +22,6 @@ from common.checkpoint import load_classifier, load_encoder, load_file, load_mir
 from common.data import ImageSet, normalise_images
 
 HEAD = ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
-
-
-def vit(name="vit_nano", **overrides):
-    torch.manual_seed(1)
-    return mirl.build_vit(name, **overrides)
-
-
-def perturbed(model):
-    """Every parameter moved, so that none is as it starts."""
-    torch.manual_seed(1)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.1 * torch.randn_like(p)
-    return model
 
 
 def assert_equal(model, state, but=()):

@@ -189,5 +189,7 @@ def test_a_pre_trained_model_of_the_authors_has_its_loss(tmp_path, name, weight_
 
 def test_a_model_whose_heads_are_not_known(tmp_path):
     for fields in (dict(depth=4), dict(segments=4)):
-        path = authors_file(tmp_path / "a.pd", mirl.build_mirl("vit_nano", **fields))
-        refused(load_mirl, path, message="a.pd is of no model in mirl.MODELS, so its heads")
+        model = mirl.build_mirl("vit_nano", **fields)
+        path = authors_file(tmp_path / "a.pd", model)
+        refused(load_mirl, path, message="a.pd is of no model in mirl.MODELS: give heads and deco")
+        assert load_mirl(path, heads=3, decoder_heads=2).config == model.config
