@@ -165,7 +165,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
          "quick recipe's shapes 500")
     flag("--val-images", type=count,
          help="use this many of the validation images, the same in every run; default all")
-    flag("--layer-decay", type=number(low=1e-300, high=1),
+    flag("--layer-decay", type=number(above=0, high=1),
          help="factor on the learning rate from each layer to the one below it: lower keeps more "
          "of what was pre-trained, nearer 1 suits deeper models, 1 suits training from scratch; "
          "imagenet, ade20k and coco by --model")

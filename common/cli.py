@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -15,13 +16,14 @@ from mirl import UserError, require
 switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
-def number(kind=float, low=-1e18, high=1e18) -> Callable[[str], Any]:
-    """A type for argparse: an int or float from `low` to `high`."""
+def number(kind=float, low=-1e18, high=1e18, above=-math.inf) -> Callable[[str], Any]:
+    """A type for argparse: an int or float from `low` to `high`, and greater than `above`."""
+    least = f"at least {low}" if above == -math.inf else f"greater than {above}"
 
     def parse(text: str) -> int | float:
         value = kind(text)
-        if not low <= value <= high:  # nor is NaN
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text:.40}")
+        if not (low <= value <= high and value > above):  # nor is NaN
+            raise argparse.ArgumentTypeError(f"must be {least} and at most {high}, not {text:.40}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -35,7 +37,7 @@ def text(value: str) -> str:
     return value
 
 
-count, positive, share = number(int, low=1), number(low=1e-300), number(low=0, high=1)
+count, positive, share = number(int, low=1), number(above=0), number(low=0, high=1)
 
 
 class RecipeParser(argparse.ArgumentParser):
