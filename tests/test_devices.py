@@ -5,6 +5,7 @@ forward passes that look at no values (Mask R-CNN's heads and mixup do).
 """
 
 import json
+from argparse import Namespace
 
 import on_gpu
 import pytest
@@ -17,13 +18,11 @@ from torchvision.models import vgg
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import mirl
-import train_finetune
 import train_pretrain
 from common.data import normalise_images
-from tasks.classification import score
 from tasks.detection import FeaturePyramid
 from tasks.probe import every_block, knn_scores
-from tasks.segmentation import UperNet, confusion_matrix
+from tasks.segmentation import Segmentation, UperNet, confusion_matrix
 
 CUDA = torch.device("cuda", 0)
 BATCH = 4
@@ -77,12 +76,6 @@ def objectives(*weights):
     return mirl.ExtendedMIRL(config, mirl.Objectives(*weights), vgg16)
 
 
-def task(*flags):
-    """A task as the script makes it; for the CPU, because a fake device has no properties."""
-    args = train_finetune.parse([*flags, "--device", "cpu", "--from", "scratch"])
-    return train_finetune.TASKS[args.task](args, CPU)
-
-
 PRETRAINED = {
     "mirl": lambda: mirl.build_mirl("vit_nano", **TINY, segments=2),
     "mae": lambda: mirl.build_mae("vit_nano", **TINY),
@@ -107,22 +100,20 @@ def test_pretraining_stays_on_the_device(fake, name):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_classification_and_neighbours_stay_on_the_device(fake, pool):
+def test_logits_and_neighbours_stay_on_the_device(fake, pool):
+    """Loss and scores have a test of their own, in test_classification.py."""
     model = on_cuda(mirl.build_vit("vit_nano", **TINY, pool=pool, num_classes=7), fake)
-    classify = task("--erasing", "0")
-    classify.model(model, 7, None)
-    with fake:
+    with fake, torch.no_grad():
         images, labels = some_images(), torch.zeros(BATCH, dtype=torch.int64, device=CUDA)
-        all_on_cuda(classify.losses(model, images, labels), score(model(images), labels))
-        with torch.no_grad():
-            features = every_block(model.eval(), images)[:, -1]
-            all_on_cuda(knn_scores(features, labels, features, 3))
+        features = every_block(model.eval(), images)[:, -1]
+        all_on_cuda(model(images), knn_scores(features, labels, features, 3))
 
 
-@pytest.mark.parametrize("size, slide", [(64, []), (96, []), (96, ["--slide"])])
+@pytest.mark.parametrize("size, slide", [(64, False), (96, False), (96, True)])
 def test_segmentation_stays_on_the_device(fake, size, slide):
     model = on_cuda(UperNet(pyramid_vit(), 5), fake)
-    segment = task("--task", "segment", *slide)
+    # for the CPU, because a fake device has no properties
+    segment = Segmentation(Namespace(dtype="fp32", slide=slide), CPU)
     with fake, torch.no_grad():
         images = some_images(size=size)
         labels = torch.zeros(BATCH, size, size, dtype=torch.uint8, device=CUDA)
