@@ -49,8 +49,8 @@ class ImageSet:
         return len(self.images)
 
     def name(self, i: int) -> str:
-        in_memory = isinstance(self.images, Tensor)
-        return f"image {i}" if in_memory else os.path.join(self.root, os.fsdecode(self.images[i]))
+        """The file of image i."""
+        return os.path.join(self.root, os.fsdecode(self.images[i]))
 
     def read(self, i: int) -> Tensor | None:
         """Image i, uint8 (3, h, w); None where it cannot be read."""

@@ -195,26 +195,6 @@ def test_micro_batches_come_out_even_or_say_how(monkeypatch):
     refused(data.micro_batches, 100, None, 256, message="--batch-size 100 .* over 8 processes")
 
 
-@pytest.mark.parametrize("processes", [2, 3, 40])
-def test_processes_share_an_epoch(monkeypatch, processes):
-    """Step by step they see together the images of one process; in validation, all, once."""
-    batch = 12 if processes < 40 else 40
-
-    def order(*sampler):
-        return torch.tensor([i for _, i in EpochSampler(*sampler)])
-
-    whole, steps = order(50, batch), 50 // batch
-    monkeypatch.setattr(data, "WORLD_SIZE", processes)
-    shares, seen = [], []
-    for rank in range(processes):
-        monkeypatch.setattr(data, "RANK", rank)
-        shares.append(order(50, batch).view(steps, batch // processes))
-        seen += order(33).tolist()
-    together = torch.cat(shares, dim=1).sort(dim=1)[0]
-    assert torch.equal(together, whole.view(steps, batch).sort(dim=1)[0])
-    assert sorted(seen) == list(range(33))
-
-
 def test_what_worker_processes_do_can_be_sent_to_them():
     """They are not forked on macOS, nor by Python from 3.14 on."""
     args = train_finetune.parse(["--from", "scratch"])
