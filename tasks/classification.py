@@ -61,7 +61,7 @@ class Classification:
             return center_crop(size)
         crop = [v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)]
         if min(size) <= SMALL:
-            crop = [center_crop(size), v2.RandomCrop(size, padding=[size[1] // 8, size[0] // 8])]
+            crop = [center_crop(size), v2.RandomCrop(size, padding=min(size) // 8)]
         augment = RandAugment(randaug) if randaug else v2.Identity()
         return v2.Compose([*crop, v2.RandomHorizontalFlip(), augment])
 
