@@ -49,8 +49,8 @@ class ImageSet:
         return len(self.images)
 
     def name(self, i: int) -> str:
-        in_memory = isinstance(self.images, Tensor)
-        return f"image {i}" if in_memory else os.path.join(self.root, os.fsdecode(self.images[i]))
+        """The file of image i."""
+        return os.path.join(self.root, os.fsdecode(self.images[i]))
 
     def read(self, i: int) -> Tensor | None:
         """Image i, uint8 (3, h, w); None where it cannot be read."""
@@ -59,11 +59,6 @@ class ImageSet:
     def select(self, indices: Tensor) -> "ImageSet":
         """The images with these indices, int64 (m,)."""
         return replace(self, images=self.images[indices.numpy()], labels=self.labels[indices])
-
-    def draw(self, wanted: int, seed: int) -> "ImageSet":
-        """So many of the images, at random."""
-        generator = torch.Generator().manual_seed(seed_of("images", seed))
-        return self.select(torch.randperm(len(self), generator=generator)[:wanted])
 
     def digest(self) -> str:
         """Of the pixels or the files' names, the labels and the classes, wherever they lie."""
@@ -120,18 +115,19 @@ def load_data(name: str, data_dir: str, split: str) -> ImageSet:
     if name == "shapes":
         shapes = make_shapes(10_000, seed=0) if split == "train" else make_shapes(1_000, seed=1)
         return ImageSet(*shapes, CLASSES)
-    sets = dict(cifar10="CIFAR10", cifar100="CIFAR100", imagenette="Imagenette")
-    if name not in sets:
+    if name not in ("cifar10", "cifar100", "imagenette"):
         return load_folder(Path(name), split)
-    imagenette = name == "imagenette"
-    which = dict(split=split, size="320px") if imagenette else dict(train=split == "train")
     try:
         with rank_zero_first():
-            data = getattr(datasets, sets[name])(data_dir, **which, download=True)
+            if name == "imagenette":
+                data = datasets.Imagenette(data_dir, split, size="320px", download=True)
+            else:
+                kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+                data = kind(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         failed = f"--data {name} could not be downloaded into {data_dir} ({error})"
         raise UserError(f"{failed}: --data shapes needs no download") from None
-    if imagenette:
+    if name == "imagenette":
         found = load_folder(Path(data_dir) / "imagenette2-320", split)
         return replace(found, classes=[synonyms[0] for synonyms in data.classes])
     images = torch.from_numpy(data.data).movedim(3, 1).contiguous()  # (n, 3, 32, 32)
@@ -205,11 +201,9 @@ def seed_of(purpose: str, *parts: int) -> int:
 
 def micro_batches(batch_size: int, device_batch_size: int | None, limit: int) -> tuple[int, int]:
     """Cut this process's share of an effective batch: images at a time, by default the most up to
-    `limit` that come out even, and how many times. Raises UserError, with a size that works."""
+    `limit` that come out even, and how many times. Raises UserError where they do not."""
     share, rest = divmod(batch_size, WORLD_SIZE)
-    works = batch_size - rest or WORLD_SIZE
-    uneven = f"--batch-size {batch_size} does not divide over {WORLD_SIZE} processes: try {works}"
-    require(rest == 0, uneven)
+    require(rest == 0, f"--batch-size {batch_size} does not divide over {WORLD_SIZE} processes")
     size = min(device_batch_size or limit, share)
     while share % size:
         size -= 1
@@ -231,7 +225,6 @@ class EpochSampler(Sampler):
         too_large = f"--batch-size {batch_size} is larger than the {images} training images"
         require(batch_size <= images, too_large)
         self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
-        self.used = images - images % (batch_size or 1)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -241,7 +234,8 @@ class EpochSampler(Sampler):
         if self.batch_size:
             generator = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
             order = torch.randperm(self.images, generator=generator)
-        for i in order[: self.used][RANK::WORLD_SIZE].tolist():
+            order = order[: self.images - self.images % self.batch_size]
+        for i in order[RANK::WORLD_SIZE].tolist():
             yield self.epoch, i
 
 
@@ -350,7 +344,7 @@ def shorten(image: Tensor) -> Tensor:
 def center_crop(size: tuple[int, int]) -> Callable:
     """The short side to 256/224 of the wanted one and a central crop; sizes up to 64 whole. [R]"""
     share = 256 / 224 if min(size) > SMALL else 1
-    shorter = v2.Resize(round(max(size) * share), interpolation=BICUBIC, antialias=True)
+    shorter = v2.Resize(round(max(size) * share), BICUBIC)
     return v2.Compose([shorten, shorter, v2.CenterCrop(size)])
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
-from common.data import BICUBIC, SMALL, ImageSet, batches, center_crop, load_data, normalise_images
+from common.data import SMALL, ImageSet, batches, center_crop, load_data, normalise_images, seed_of
 from common.distributed import autocast, gather, pick_dtype, say
 from mirl import IMAGENET_MEAN, Config, ViT, require
 
@@ -44,14 +44,26 @@ class Classification:
 
     def model(self, vit: ViT, classes: int, head_width: int | None) -> nn.Module:
         """The ViT with what the task adds to it; the classifier is a ViT's own head."""
-        self.mix = mixup_or_cutmix(self.args, classes)
+        kinds = ((v2.MixUp, self.args.mixup), (v2.CutMix, self.args.cutmix))
+        choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+        # one of them a batch, with probability 1/2 each, and one λ [S A.1]
+        self.mix = v2.RandomChoice(choices) if choices else v2.Identity()
         return vit
 
     def transform(self, config: Config, training: bool) -> Callable:
-        """What is done to an image, uint8 (3, h, w), before it is in a batch."""
-        if training:
-            return finetune_transform(config.image_hw, self.args.randaug)
-        return center_crop(config.image_hw)
+        """What is done to an image, uint8 (3, h, w) -> (3, *size), before it is in a batch.
+
+        In training [S A.1, Table 2] a random and resized crop (area 0.08 to 1), or, for sizes up to
+        64, the whole image, padded by an eighth and cropped at random; then a flip, and RandAug.
+        """
+        size, randaug = config.image_hw, self.args.randaug
+        if not training:
+            return center_crop(size)
+        crop = [v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)]
+        if min(size) <= SMALL:
+            crop = [center_crop(size), v2.RandomCrop(size, padding=min(size) // 8)]
+        augment = RandAugment(randaug) if randaug else v2.Identity()
+        return v2.Compose([*crop, v2.RandomHorizontalFlip(), augment])
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """ "loss", to be minimised, and its terms to be logged, scalars, of normalised images,
@@ -59,7 +71,7 @@ class Classification:
         if self.args.erasing:  # by pixel noise, image by image [R]
             erase = v2.RandomErasing(self.args.erasing, value="random")
             images = torch.stack([erase(image) for image in images])
-        images, targets = self.mix(images, labels)
+        images, targets = self.mix(images, labels)  # (B, classes), where it mixes
         with autocast(self.device, self.dtype):
             logits = model(images)  # (B, classes)
         smoothing = self.args.label_smoothing
@@ -107,7 +119,9 @@ def wanted_images(data: ImageSet, args: argparse.Namespace, split: str) -> Image
     if wanted is None:
         return data
     require(wanted <= len(data), f"--{split}-images {wanted}: there are {len(data)}")
-    return data.draw(wanted, args.seed if split == "train" else 0)
+    seed = seed_of("images", args.seed if split == "train" else 0)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return data.select(order[:wanted])
 
 
 def random_sign(strength: float) -> float:
@@ -160,23 +174,3 @@ class RandAugment:
                 drawn = self.magnitude + 0.5 * torch.randn(()).item()
                 image = AUGMENTATIONS[name](image, min(max(drawn / 10, 0.0), 1.0))
         return image
-
-
-def finetune_transform(size: tuple[int, int], randaug: float) -> Callable[[Tensor], Tensor]:
-    """[S A.1, Table 2]: crop, flip, RandAug of this magnitude (0: none); uint8 (3, h, w) ->
-    uint8 (3, *size). The crop is random and resized (area 0.08 to 1); for sizes up to 64 the whole
-    image, padded by an eighth and cropped at random."""
-    crop = [v2.RandomResizedCrop(size, interpolation=BICUBIC, antialias=True)]
-    if min(size) <= SMALL:
-        padding = [size[1] // 8, size[0] // 8]
-        crop = [center_crop(size), v2.RandomCrop(size, padding=padding)]
-    augment = RandAugment(randaug) if randaug else v2.Identity()
-    return v2.Compose([*crop, v2.RandomHorizontalFlip(), augment])
-
-
-def mixup_or_cutmix(args: argparse.Namespace, classes: int) -> Callable:
-    """One of them, with probability 1/2 each and one λ a batch [S A.1], of images, float32
-    (B, 3, H, W), and labels, int64 (B,), which become targets, float32 (B, classes)."""
-    kinds = ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
-    choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
-    return v2.RandomChoice(choices) if choices else v2.Identity()

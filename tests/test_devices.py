@@ -5,6 +5,7 @@ forward passes that look at no values (Mask R-CNN's heads and mixup do).
 """
 
 import json
+from argparse import Namespace
 
 import on_gpu
 import pytest
@@ -17,13 +18,11 @@ from torchvision.models import vgg
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import mirl
-import train_finetune
 import train_pretrain
 from common.data import normalise_images
-from tasks.classification import score
 from tasks.detection import FeaturePyramid
 from tasks.probe import every_block, knn_scores
-from tasks.segmentation import UperNet, confusion_matrix
+from tasks.segmentation import Segmentation, UperNet, confusion_matrix
 
 CUDA = torch.device("cuda", 0)
 BATCH = 4
@@ -32,28 +31,16 @@ TINY = SMALL | dict(depth=2)
 
 @pytest.fixture
 def fake():
-    with FakeTensorMode():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # which .to() makes fake ones of
+    with mode:
         x = torch.ones(1, 2, 4, 8, device=CUDA)
         try:
             nn.functional.scaled_dot_product_attention(x, x, x)
         except RuntimeError:
             pytest.skip("this version of torch asks the driver, also for fake tensors")
     mirl.imagenet_statistics.cache_clear()  # real and fake tensors must not meet
-    yield FakeTensorMode()
+    yield mode
     mirl.imagenet_statistics.cache_clear()
-
-
-def on_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The model, built outside of the mode, on the fake device, which .to() refuses."""
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, x in tensors.items():
-                if x is not None:
-                    y = mode.from_tensor(x.detach())
-                    with mode:
-                        y = y.to(CUDA)
-                    tensors[name] = nn.Parameter(y) if isinstance(x, nn.Parameter) else y
-    return model
 
 
 def some_images(device=CUDA, size=32):
@@ -77,12 +64,6 @@ def objectives(*weights):
     return mirl.ExtendedMIRL(config, mirl.Objectives(*weights), vgg16)
 
 
-def task(*flags):
-    """A task as the script makes it; for the CPU, because a fake device has no properties."""
-    args = train_finetune.parse([*flags, "--device", "cpu", "--from", "scratch"])
-    return train_finetune.TASKS[args.task](args, CPU)
-
-
 PRETRAINED = {
     "mirl": lambda: mirl.build_mirl("vit_nano", **TINY, segments=2),
     "mae": lambda: mirl.build_mae("vit_nano", **TINY),
@@ -94,12 +75,12 @@ PRETRAINED = {
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_pretraining_stays_on_the_device(fake, name):
-    model = on_cuda(PRETRAINED[name](), fake)
-    if name == "vgg":
-        on_cuda(model.vgg[0], fake)  # which is not registered
+    model = PRETRAINED[name]()
     with fake:
+        if name == "vgg":
+            model.vgg[0].to(CUDA)  # which is not registered
         images = some_images()
-        out = model(images)
+        out = model.to(CUDA)(images)
         all_on_cuda(out, out.reconstruction, out.target, train_pretrain.residual_shares(out))
         all_on_cuda(mirl.panels(images, out, model.config.patch_size))
         if hasattr(model, "momentum_encoder"):
@@ -107,34 +88,32 @@ def test_pretraining_stays_on_the_device(fake, name):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_classification_and_neighbours_stay_on_the_device(fake, pool):
-    model = on_cuda(mirl.build_vit("vit_nano", **TINY, pool=pool, num_classes=7), fake)
-    classify = task("--erasing", "0")
-    classify.model(model, 7, None)
-    with fake:
+def test_logits_and_neighbours_stay_on_the_device(fake, pool):
+    """Loss and scores have a test of their own, in test_classification.py."""
+    model = mirl.build_vit("vit_nano", **TINY, pool=pool, num_classes=7)
+    with fake, torch.no_grad():
         images, labels = some_images(), torch.zeros(BATCH, dtype=torch.int64, device=CUDA)
-        all_on_cuda(classify.losses(model, images, labels), score(model(images), labels))
-        with torch.no_grad():
-            features = every_block(model.eval(), images)[:, -1]
-            all_on_cuda(knn_scores(features, labels, features, 3))
+        features = every_block(model.to(CUDA).eval(), images)[:, -1]
+        all_on_cuda(model(images), knn_scores(features, labels, features, 3))
 
 
-@pytest.mark.parametrize("size, slide", [(64, []), (96, []), (96, ["--slide"])])
+@pytest.mark.parametrize("size, slide", [(64, False), (96, False), (96, True)])
 def test_segmentation_stays_on_the_device(fake, size, slide):
-    model = on_cuda(UperNet(pyramid_vit(), 5), fake)
-    segment = task("--task", "segment", *slide)
+    model = UperNet(pyramid_vit(), 5)
+    # for the CPU, because a fake device has no properties
+    segment = Segmentation(Namespace(dtype="fp32", slide=slide), CPU)
     with fake, torch.no_grad():
         images = some_images(size=size)
         labels = torch.zeros(BATCH, size, size, dtype=torch.uint8, device=CUDA)
-        all_on_cuda(segment.losses(model, images, labels))
+        all_on_cuda(segment.losses(model.to(CUDA), images, labels))
         found = segment.segment(model.eval(), images[0], (size, size))
         all_on_cuda(found, confusion_matrix(found, labels[0], 5))
 
 
 def test_the_backbone_of_detection_stays_on_the_device(fake):
-    model = on_cuda(FeaturePyramid(pyramid_vit(), 16, torch.float32), fake)
+    model = FeaturePyramid(pyramid_vit(), 16, torch.float32)
     with fake:
-        all_on_cuda(model(some_images(size=96)))
+        all_on_cuda(model.to(CUDA)(some_images(size=96)))
 
 
 COMPILED = {k: PRETRAINED[k] for k in ("mirl", "mae", "dagger and infonce")} | {

