@@ -67,7 +67,7 @@ def test_table_and_figures_of_known_results(tmp_path):
     ]
     table = study.summary(lines)
     assert table["mae", 24, False]["top1"] == [50.0, 53.0]
-    study.draw_long(table, tmp_path / "long.png")
+    study.draw_long(table, tmp_path / "long.png", depth=24)
     assert all((tmp_path / f"{name}.png").exists() for name in ("depth", "lesson", "long"))
 
 
