@@ -1,7 +1,6 @@
 """What several test files need: scripts as processes, a second trainer, files as data sets have
 them."""
 
-import collections
 import contextlib
 import functools
 import hashlib
@@ -180,14 +179,16 @@ def plain_steps(args, model, losses, images, augment, betas, processes, rate=lam
         for i in picked.tolist():
             torch.manual_seed(seed_of("file", args.seed, epoch, i))
             crops[i] = normalised(augment(images[i]))
-        record = collections.Counter(epoch=epoch + 1, step=step + 1)
+        by_rank = [picked[rank::processes].split(size) for rank in range(processes)]
+        record, share = dict(epoch=epoch + 1, step=step + 1), size / batch_size
         for rank in range(processes):
             torch.set_rng_state(random[rank])
-            for picks in zip(*(picked[r::processes].split(size) for r in range(processes))):
+            for picks in zip(*by_rank):  # a micro-batch of each process
                 batches = [torch.stack([crops[i] for i in pick.tolist()]) for pick in picks]
                 found = losses(batches, picks, rank)
-                (found["loss"] * size / batch_size).backward()
-                record.update({k: v.item() * size / batch_size for k, v in found.items()})
+                (found["loss"] * share).backward()
+                for name, value in found.items():
+                    record[name] = record.get(name, 0) + value.item() * share
             random[rank] = torch.get_rng_state()
         clip = args.clip_grad or math.inf
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
