@@ -32,6 +32,7 @@ def run(*flags) -> subprocess.CompletedProcess:
 def test_every_cell_is_what_it_is_called(size):
     cells = study.plan(size, [0, 3])
     assert len(set(map(str, cells))) == len(cells) == (6 if size == "long" else 28)
+    assert str(cells[0]) == "mae-48-seed0"
     for cell in cells:
         flags = {name: c[1:] for name, c in study.commands(cell, arguments(size)).items()}
         finetune = train_finetune.parse(flags["finetune"])
