@@ -1,11 +1,15 @@
-"""What several test files need, and files in the layouts of ImageNet, ADE20K and COCO."""
+"""What several test files need: scripts as processes, a second trainer, files as data sets have
+them."""
 
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import math
 import multiprocessing
 import socket
+import statistics
 from pathlib import Path
 
 import pytest
@@ -145,6 +149,78 @@ def seed_of(*parts):
 
 def permutation(n, *parts):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*parts)))
+
+
+def normalised(images):
+    return TF.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def plain_steps(args, model, losses, images, augment, betas, processes, rate=lambda name: 1):
+    """What a script does with these arguments, written a second time: a record after each step.
+
+    All processes are played in turn, with their own random numbers. losses(batches, picks, rank)
+    are those of a micro-batch of one: of the images picks[rank], which are augmented batches[rank].
+    rate(name) is the factor on a parameter's learning rate.
+    """
+    groups = []
+    for name, p in model.named_parameters():
+        decay = args.weight_decay if p.ndim > 1 and not name.endswith("_token") else 0
+        groups.append(dict(params=[p], peak=args.lr * rate(name), weight_decay=decay))
+    optimizer, batch_size = torch.optim.AdamW(groups, betas=betas, fused=True), args.batch_size
+    size, steps = args.device_batch_size or batch_size // processes, len(images) // batch_size
+    warm, total = round(args.warmup_epochs * steps), args.epochs * steps
+    for step in range(total):
+        epoch, batch = divmod(step, steps)
+        if batch == 0:
+            order = permutation(len(images), "order", args.seed, epoch)
+            seeds = [seed_of("epoch", args.seed, epoch, rank) for rank in range(processes)]
+            random = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
+        picked, crops = order[batch * batch_size :][:batch_size], {}
+        for i in picked.tolist():
+            torch.manual_seed(seed_of("file", args.seed, epoch, i))
+            crops[i] = normalised(augment(images[i]))
+        by_rank = [picked[rank::processes].split(size) for rank in range(processes)]
+        record, share = dict(epoch=epoch + 1, step=step + 1), size / batch_size
+        for rank in range(processes):
+            torch.set_rng_state(random[rank])
+            for picks in zip(*by_rank):  # a micro-batch of each process
+                batches = [torch.stack([crops[i] for i in pick.tolist()]) for pick in picks]
+                found = losses(batches, picks, rank)
+                (found["loss"] * share).backward()
+                for name, value in found.items():
+                    record[name] = record.get(name, 0) + value.item() * share
+            random[rank] = torch.get_rng_state()
+        clip = args.clip_grad or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        done = (step - warm) / (total - warm)
+        factor = (step + 1) / warm if step < warm else (1 + math.cos(math.pi * done)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        optimizer.step()
+        optimizer.zero_grad()
+        yield record | dict(lr=factor * args.lr, grad_norm=norm.item())
+
+
+def assert_trained(out, records, logged, files):
+    """A run has logged these steps as the records are, and its files hold these weights."""
+    spans = itertools.pairwise((0, *logged))
+    for (since, step), line in zip(spans, metrics(out, "step"), strict=True):
+        for name in records[0]:
+            values = [record[name] for record in records[since:step]]
+            last = name in ("epoch", "step", "lr", "grad_norm")
+            exact = values[-1] if last else statistics.fmean(values)
+            assert line[name] == pytest.approx(exact, rel=1e-5), name
+    for line in metrics(out, "epoch"):
+        losses = [record["loss"] for record in records if record["epoch"] == line["epoch"]]
+        assert line["loss"] == pytest.approx(statistics.fmean(losses), rel=1e-5)
+    for file, weights in files.items():
+        found = load_file(out / file)["model"]
+        assert found.keys() == weights.keys()
+        for name, x in found.items():
+            for ending, parts, key in ((".qkv.bias", 3, 1), (".kv.bias", 2, 0)):
+                if name.endswith(ending):  # a key's bias has no gradient but what is rounded
+                    x.chunk(parts)[key].copy_(weights[name].chunk(parts)[key])
+            torch.testing.assert_close(x, weights[name], rtol=1e-6, atol=5e-6, msg=name)
 
 
 def last_line(capsys):

@@ -145,7 +145,6 @@ def torchrun(gpus: int) -> None:
 
 def speed(mode: str, batch: int, *models: str, gpus: int, compile=False, peers=False) -> None:
     """Speed in bf16 of the models of Table 4, or of these; with `peers` other libraries' too."""
-    bench_peers.PEERS[mode] = tuple(filter(find_spec, bench_peers.PEERS[mode]))
     flags = ["--batch-size", "2", "--windows", "1", "--seconds", "0", "--models", "vit_nano"]
     if gpus:
         flags = ["--batch-size", str(batch), "--windows", "3", "--seconds", "0.5"]
@@ -156,67 +155,41 @@ def speed(mode: str, batch: int, *models: str, gpus: int, compile=False, peers=F
     found(matrix_tflops=result["matrix_tflops"], table="\n" + eval_speed.table(result["rows"]))
 
 
-def depth(gpus: int) -> None:
-    """Cells of the depth study, 192 wide, as they end; it goes on until it is stopped."""
-    flags = ["--size", "gpu", "--data", "shapes", "--seeds", "0", "--jobs", "4"]
-    command = [sys.executable, ROOT / "assets" / "depth" / "study.py", *flags, "--out", Path.cwd()]
-    study = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in study.stdout:
-        print(line, end="", flush=True)
-        if line.startswith("{"):
-            cell = json.loads(line)
-            keys = cell.keys() & {"knn", "linear", "loss", "top1"}
-            found(**{f"{cell['cell']} {k}": cell[k] for k in sorted(keys)})
-    sys.exit(study.wait())
-
-
-# -- All of it: each part with its time limit in seconds.
+# -- All of it: each part with its time limit in seconds, and what it needs beside a CPU. Compiling
+# a training step takes minutes there.
 
 TOGETHER = {  # several at a time, the longest first
-    "quick": (240, quick),
-    "tests": (180, tests),
-    "compile-pretrain": (150, partial(two_epochs, "pretrain", "--compile")),
-    "compile-finetune": (150, partial(two_epochs, "finetune", "--compile")),
-    "steps": (150, steps),
-    "detect": (150, partial(two_epochs, "finetune", "--task", "detect")),
-    "segment": (150, partial(two_epochs, "finetune", "--task", "segment")),
-    "torchrun": (120, torchrun),
-    "mae": (90, partial(two_epochs, "pretrain", "--method", "mae")),
+    "quick": (240, quick, None),
+    "tests": (180, tests, None),
+    "compile-pretrain": (150, partial(two_epochs, "pretrain", "--compile"), "a GPU"),
+    "compile-finetune": (150, partial(two_epochs, "finetune", "--compile"), "a GPU"),
+    "steps": (150, steps, None),
+    "detect": (150, partial(two_epochs, "finetune", "--task", "detect"), "pycocotools"),
+    "segment": (150, partial(two_epochs, "finetune", "--task", "segment"), None),
+    "torchrun": (120, torchrun, None),
+    "mae": (90, partial(two_epochs, "pretrain", "--method", "mae"), None),
 }
 ALONE = {  # then one by one, the most telling first
-    "pretrain": (120, partial(speed, "pretrain", 128)),
-    "pretrain-compiled": (180, partial(speed, "pretrain", 128, "vit_b", compile=True)),
-    "infer": (90, partial(speed, "infer", 256)),
-    "infer-compiled": (120, partial(speed, "infer", 256, "vit_s", "vit_b", compile=True)),
-    "finetune": (120, partial(speed, "finetune", 128)),
-    "peers-pretrain": (90, partial(speed, "pretrain", 128, "vit_b", peers=True)),
-    "peers-infer": (90, partial(speed, "infer", 256, "vit_s", "vit_b", peers=True)),
-    "depth": (3600, depth),
+    "pretrain": (120, partial(speed, "pretrain", 128), None),
+    "pretrain-compiled": (180, partial(speed, "pretrain", 128, "vit_b", compile=True), "a GPU"),
+    "infer": (90, partial(speed, "infer", 256), None),
+    "infer-compiled": (120, partial(speed, "infer", 256, "vit_s", "vit_b", compile=True), None),
+    "finetune": (120, partial(speed, "finetune", 128), None),
+    "peers-pretrain": (90, partial(speed, "pretrain", 128, "vit_b", peers=True), "transformers"),
+    "peers-infer": (90, partial(speed, "infer", 256, "vit_s", "vit_b", peers=True), "timm"),
 }
 PARTS = TOGETHER | ALONE
-NEEDS = dict.fromkeys(("peers-pretrain", "peers-infer"), "timm")
-NEEDS |= dict(detect="pycocotools", depth="matplotlib")
-# compiling a training step takes minutes there, a cell of the study an hour
-NOT_ON_CPU = ("compile-pretrain", "compile-finetune", "pretrain-compiled", "depth")
-
-
 RUNNING: set[subprocess.Popen] = set()
-
-
-def why_not(name: str, gpus: int, seconds: float) -> str:
-    """Why a part is skipped; nothing where it is not."""
-    if name in NEEDS and not find_spec(NEEDS[name]):
-        return f"it needs the package {NEEDS[name]}"
-    if name in NOT_ON_CPU and not gpus:
-        return "it takes a CPU too long"
-    return f"{max(0, seconds):.0f} s are left" if seconds < 10 else ""
 
 
 def run(name: str, folder: Path, gpus: int, until: float) -> dict:
     """Run a part, at most until this time, in a process of its own; the part's report."""
     began, results, words = time.monotonic(), {}, []
-    limit = min(PARTS[name][0], until - began)
-    if why := why_not(name, gpus, limit):
+    limit, _, needs = PARTS[name]
+    limit = min(limit, until - began)
+    lacking = needs and not (gpus if needs == "a GPU" else find_spec(needs))
+    if lacking or limit < 10:
+        why = f"it needs {needs}" if lacking else "no time is left"
         return dict(state="skipped", seconds=0, results={}, words=[why])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -226,19 +199,17 @@ def run(name: str, folder: Path, gpus: int, until: float) -> dict:
         process = subprocess.Popen(command, stdout=log, **how)
     RUNNING.add(process)
     try:
-        code = process.wait(limit)
+        ok, stopped = process.wait(limit) == 0, []
     except subprocess.TimeoutExpired:
-        code = None
+        ok, stopped = False, ["stopped at its time limit"]
     end(process)
     for line in filter(str.strip, path.read_text(errors="replace").splitlines()):
         if line.startswith(FOUND):
             results |= json.loads(line.removeprefix(FOUND))
         else:
             words.append(line[:300])
-    words = words[-8:] + ["stopped at its time limit"] * (code is None)
-    ok = code == 0 or (code is None and name == "depth")  # which takes all there is
     part = dict(state="ok" if ok else "FAILED", seconds=round(time.monotonic() - began, 1))
-    return dict(part, results=results, words=[] if ok else words)
+    return dict(part, results=results, words=[] if ok else words[-8:] + stopped)
 
 
 def end(process: subprocess.Popen) -> None:

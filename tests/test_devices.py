@@ -136,10 +136,10 @@ def test_there_are_no_graph_breaks(name):
 def test_the_command_runs_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as stop:
-        on_gpu.main(["--only", "steps", "depth", "--out", str(tmp_path)])
+        on_gpu.main(["--only", "steps", "compile-pretrain", "--out", str(tmp_path)])
     assert stop.value.code == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "results.json").read_text())
     assert "no GPU" in capsys.readouterr().out and "no GPU" in report["device"]
-    steps, depth = report["parts"].values()
-    assert (steps["state"], depth["state"]) == ("ok", "skipped")
+    steps, compiled = (report["parts"][name] for name in ("steps", "compile-pretrain"))
+    assert (steps["state"], compiled["state"]) == ("ok", "skipped")
     assert [k.split()[1] for k in steps["results"]] == ["float32", "bfloat16", "float16"]

@@ -1,17 +1,16 @@
 """train_finetune.py from end to end, beside a trainer of a few plain lines."""
 
+import copy
 import functools
 import json
-import math
 
 import conftest
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import image_folder, last_line, make_shapes, metrics, perturbed, seed_of, stored, vit
+from conftest import image_folder, last_line, make_shapes, metrics, normalised, stored, vit
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 
 import mirl
 import train_finetune
@@ -29,109 +28,62 @@ def refused(capsys, sentence, *flags):
     assert sentence in capsys.readouterr().err
 
 
-def normalised(images):
-    return TF.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
 # 30 images in batches of 8: three steps an epoch, six images left out
 FLAGS = (
     "--train-images 30 --batch-size 8 --epochs 2 --warmup-epochs 0.7 --lr 3e-3 --layer-decay 0.6 "
-    "--seed 3 --weight-decay 0.3 --label-smoothing 0.2 --drop-path 0.3 --ema-decay 0.9"
+    "--seed 3 --weight-decay 0.3 --label-smoothing 0.2 --drop-path 0.3 --ema-decay 0.9 "
+    "--log-every 4"
 )
 
 
-def by_hand(weights, processes, size, clip=None, randaug=0, ema=0.9):
-    """What FLAGS ask for: the model, its average, and (loss, lr, gradient norm) of each step."""
-    model = vit(num_classes=16, drop_path=0.3)
+def assert_as_in_plain_loops(out, weights, *flags, processes=1):
+    """The run of FLAGS and these flags that begins with these weights; its records."""
+    args = train_finetune.parse([*FLAGS.split(), *flags])
+    model = vit(num_classes=16, drop_path=0.3).train()
     model.load_state_dict(weights)
-    named = dict(model.named_parameters())
-    average = {name: p.detach().clone() for name, p in named.items()}
-    groups = []
-    for name, p in named.items():  # of 6 blocks, so the head is layer 7
+    average = copy.deepcopy(model)
+    chosen = conftest.permutation(33, "images", 3)[:30]
+    images, labels = (x[chosen] for x in make_shapes(33, 0))
+    augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+    augment += [RandAugment(args.randaug)] if args.randaug else []
+
+    def losses(batches, picks, rank):
+        logs = model(batches[rank]).log_softmax(dim=1)
+        own = logs[range(len(logs)), labels[picks[rank]]]
+        return dict(loss=-0.8 * own.mean() - 0.2 * logs.mean())
+
+    def rate(name):  # of 6 blocks, so the head is layer 7
         layer = 0 if name.startswith(("cls_token", "patch_embed")) else 7
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
-        decay = 0.3 if p.ndim > 1 and name != "cls_token" else 0
-        groups.append(dict(params=[p], peak=3e-3 * 0.6 ** (7 - layer), weight_decay=decay))
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=False)
+        return 0.6 ** (7 - layer)
 
-    images, labels = (x[conftest.permutation(33, "images", 3)[:30]] for x in make_shapes(33, 0))
-    transform = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
-    transform = v2.Compose(transform + [RandAugment(randaug)] * (randaug > 0))
-    steps = []
-    for epoch in range(2):
-        order = conftest.permutation(30, "order", 3, epoch)[:24]
-        crops = {}
-        for i in order.tolist():
-            torch.manual_seed(seed_of("file", 3, epoch, i))
-            crops[i] = normalised(transform(images[i]))
-        model.train()
-        random = []  # of each process, what decides which paths are dropped
-        for rank in range(processes):
-            torch.manual_seed(seed_of("epoch", 3, epoch, rank))
-            random.append(torch.get_rng_state())
-        for step in range(3):
-            losses, gradients = [], []
-            for rank in range(processes):
-                torch.set_rng_state(random[rank])
-                optimizer.zero_grad()
-                mine = order[rank::processes].view(3, -1, size)[step].tolist()
-                for batch in mine:
-                    logs = model(torch.stack([crops[i] for i in batch])).log_softmax(dim=1)
-                    loss = -0.8 * logs[range(size), labels[batch]].mean() - 0.2 * logs.mean()
-                    (loss / len(mine)).backward()
-                    losses.append(loss.item())
-                random[rank] = torch.get_rng_state()
-                gradients.append([p.grad.clone() for p in named.values()])
-            for p, *parts in zip(named.values(), *gradients, strict=True):
-                p.grad = sum(parts) / processes
-            norm = math.sqrt(sum(p.grad.square().sum().item() for p in named.values()))
-            done = 3 * epoch + step  # warm-up: 0.7 · 3 are 2 of the 6 steps
-            factor = (done + 1) / 2 if done < 2 else 0.5 + 0.5 * math.cos(math.pi * (done - 2) / 4)
-            for group, p in zip(optimizer.param_groups, named.values(), strict=True):
-                group["lr"] = factor * group["peak"]
-                p.grad *= min(1, clip / norm) if clip else 1
-            optimizer.step()
-            decay = min(ema, (1 + done) / (10 + done))
-            for name, p in named.items():
-                average[name] = decay * average[name] + (1 - decay) * p.detach()
-            steps.append((sum(losses) / len(losses), factor * 3e-3, norm))
-    return model.eval(), average, steps
-
-
-def assert_trained(out, expected):
-    model, average, steps = expected
-    for name, weights in (("raw", dict(model.named_parameters())), ("ema", average)):
-        found = load_file(out / f"{name}-last.pt")["model"]
-        for key, value in weights.items():
-            pair = found[key], value.detach()
-            if key.endswith("qkv.bias"):  # that of the keys changes nothing: its gradient is noise
-                pair = (x.view(3, -1)[[0, 2]] for x in pair)
-            torch.testing.assert_close(*pair, rtol=0, atol=1e-5, msg=lambda m, k=key: k + m)
-    for since, step, record in zip((0, 3, 4), (3, 4, 6), metrics(out, "step"), strict=True):
-        losses = [loss for loss, _, _ in steps[since:step]]
-        _, lr, norm = steps[step - 1]
-        assert record["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-        assert record["lr"] == pytest.approx(lr)
-        assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    for epoch, record in enumerate(metrics(out, "epoch")):
-        losses = [loss for loss, _, _ in steps[3 * epoch :][:3]]
-        assert record["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    how, records = dict(betas=(0.9, 0.999), processes=processes, rate=rate), []
+    for record in conftest.plain_steps(args, model, losses, images, v2.Compose(augment), **how):
+        records.append(record)
+        done = record["step"] - 1
+        decay = min(args.ema_decay, (1 + done) / (10 + done))
+        for name, p in average.named_parameters():
+            p.data = decay * p.data + (1 - decay) * model.get_parameter(name).data
+    files = {"raw-last.pt": model.state_dict(), "ema-last.pt": average.state_dict()}
+    conftest.assert_trained(out, records, (3, 4, 6), files)
     images, labels = make_shapes(33, 1)
     with torch.no_grad():
-        logits = model(normalised(images))
+        logits = model.eval()(normalised(images))
     ranks = (logits > logits[range(33), labels][:, None]).sum(dim=1)
+    found, loss = metrics(out, "epoch")[-1], F.cross_entropy(logits, labels).item()
     for k in (1, 5):
-        assert record[f"raw_top{k}"] == pytest.approx(100 * (ranks < k).sum().item() / 33)
-    assert record["raw_val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+        assert found[f"raw_top{k}"] == pytest.approx(100 * (ranks < k).sum().item() / 33)
+    assert found["raw_val_loss"] == pytest.approx(loss, rel=1e-4)
+    return records
 
 
 @pytest.fixture(scope="module")
 def begin():
     """The weights that runs begin with."""
-    return perturbed(vit(num_classes=16)).state_dict()
+    return conftest.perturbed(vit(num_classes=16)).state_dict()
 
 
-def test_a_run_by_hand(tmp_path, monkeypatch, begin):
+def test_a_run_in_plain_loops(tmp_path, monkeypatch, begin):
     """The scaler is for fp16 on a GPU; with gradients 1024 times as large it changes nothing."""
     Scaler, asked = torch.amp.GradScaler, []
 
@@ -140,12 +92,11 @@ def test_a_run_by_hand(tmp_path, monkeypatch, begin):
         return Scaler(device, init_scale=1024)
 
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    flags = ["--from", stored(tmp_path / "a.pth", begin), "--out", tmp_path / "run"]
-    flags += [*FLAGS.split(), "--device-batch-size", 4, "--clip-grad", 0.5, "--ema-decay", 0.35]
-    assert finetune(*flags, "--log-every", 4, "--randaug", 9) == 0
-    expected = by_hand(begin, 1, 4, clip=0.5, randaug=9, ema=0.35)
-    assert max(norm for _, _, norm in expected[2]) > 1 and asked == [False]
-    assert_trained(tmp_path / "run", expected)
+    flags = ["--device-batch-size=4", "--clip-grad=0.5", "--ema-decay=0.35", "--randaug=9"]
+    start = ["--from", stored(tmp_path / "a.pth", begin), "--out", tmp_path / "run"]
+    assert finetune(*FLAGS.split(), *start, *flags) == 0
+    records = assert_as_in_plain_loops(tmp_path / "run", begin, *flags)
+    assert max(record["grad_norm"] for record in records) > 1 and asked == [False]
     assert load_file(tmp_path / "run" / "checkpoint.pt")["scaler"]["scale"] == 1024
 
 
@@ -159,16 +110,16 @@ class WithBatchNorm(Classification):
         return model
 
 
-def test_two_processes_by_hand(tmp_path, begin, capsys):
+def test_two_processes_in_plain_loops(tmp_path, begin, capsys):
     def both(*flags, first=""):
         given = [str(flag) for flag in (*TINY, *flags)]
         code = f"import train_finetune, test_finetune\n{first}\ntrain_finetune.main({given})"
         conftest.succeed(conftest.start(code, world=2))
 
     path, told, out = stored(tmp_path / "a.pth", begin), tmp_path / "told", tmp_path / "run"
-    sized = ["--device-batch-size", 2, "--log-every", 4]
-    both("--from", path, *FLAGS.split(), *sized, "--out", out)
-    assert_trained(out, by_hand(begin, 2, 2))
+    flags = ["--device-batch-size", "2"]
+    both("--from", path, *FLAGS.split(), *flags, "--out", out)
+    assert_as_in_plain_loops(out, begin, *flags, processes=2)
 
     # an evaluation sees in both processes the buffers that are saved
     flags = ["--epochs", 1, "--ema-decay", 0.3, "--lr", 1e-3, "--out", tmp_path / "normed"]
@@ -271,7 +222,7 @@ def test_files_of_the_first_version_are_read(tmp_path, begin, capsys):
 def test_predicting_and_starting_from_a_fine_tuned_model(tmp_path, capsys):
     """The path for tiny data sets: fine-tune a fine-tuned model, with other classes."""
     folder, out, first = image_folder(tmp_path / "data"), tmp_path / "tiny", tmp_path / "first.pt"
-    old, image = perturbed(vit(num_classes=16)), folder / "val" / "cat" / "000.png"
+    old, image = conftest.perturbed(vit(num_classes=16)), folder / "val" / "cat" / "000.png"
     save_model(first, old, classes=[f"class {i}" for i in range(16)])
     assert finetune("--data", folder, "--from", first, "--out", out, "--drop-path", 0.9) == 0
     assert "78 of 80 tensors" in capsys.readouterr().out
@@ -295,7 +246,7 @@ def test_predicting_and_starting_from_a_fine_tuned_model(tmp_path, capsys):
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_classifiers_of_timm_and_mae(tmp_path, capsys, pool):
     """With learned positions, of other patches; 1000 classes are ImageNet's."""
-    model = perturbed(mirl.build_vit("vit_nano", image_size=48, patch_size=8, pool=pool))
+    model = conftest.perturbed(mirl.build_vit("vit_nano", image_size=48, patch_size=8, pool=pool))
     model.pos_embed += torch.randn_like(model.pos_embed)
     model.head.bias.data[[0, 999]] += torch.tensor([30.0, 32.0])
     path, images = stored(tmp_path / "a.pth", model.state_dict()), torch.randn(2, 3, 48, 48)

@@ -178,14 +178,6 @@ def test_a_run_with_all_objectives(tmp_path, vgg16):
             assert len(line[f"grad_{kind}"]) == 6 and min(line[f"grad_{kind}"]) > 0
 
 
-def test_truncation_leaves_the_last_blocks_out():
-    for method, segments in (("mirl", 4), ("mae", 1)):
-        args = train_pretrain.parse(["--model", "vit_s", "--method", method, "--truncate", "3"])
-        with torch.device("meta"):
-            config = train_pretrain.new_model(args, "meta").config
-        assert (config.depth, config.segments) == (9, segments)
-
-
 def test_gradient_norms_by_hand():
     model, (images, noise) = extended(mirl.Objectives(omega=1.0)), batch()
     model(images, noise).loss.backward()
@@ -195,5 +187,5 @@ def test_gradient_norms_by_hand():
         kinds |= dict(grad_mlp=[block.mlp.fc1, block.mlp.fc2], grad_norm=[block.norm1, block.norm2])
         assert norms.keys() == kinds.keys()
         for kind, layers in kinds.items():
-            squares = [g * g for layer in layers for g in layer.weight.grad.flatten().tolist()]
-            assert norms[kind][k].item() == pytest.approx(math.sqrt(sum(squares)))
+            gradients = torch.cat([layer.weight.grad.flatten() for layer in layers])
+            assert norms[kind][k].item() == pytest.approx(gradients.norm().item())

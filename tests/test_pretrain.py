@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import math
 import os
 import random
 import re
@@ -16,7 +15,7 @@ import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, TINY, at_batch, interrupt, make_shapes, metrics, needs_gpu, run, seed_of
+from conftest import CPU, TINY, at_batch, interrupt, make_shapes, metrics, needs_gpu, run
 from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,89 +43,40 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def in_plain_loops(flags, processes=1):
-    """The run that these flags ask for on the small shapes: its model, and a record of each step.
-
-    All processes are played in turn, with their own masks, and their gradients averaged.
-    """
+def assert_as_in_plain_loops(out, flags, processes=1):
+    """The run of these flags on the small shapes."""
     args = train_pretrain.parse([*FLAGS, *flags])
     torch.manual_seed(args.seed)
     model = train_pretrain.new_model(args, CPU)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    trained, decays = zip(*((p, p.ndim > 1 and not k.endswith("_token")) for k, p in named))
-    groups = [dict(params=[p], weight_decay=0.05 * d) for p, d in zip(trained, decays)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16")
     crop = v2.RandomResizedCrop(32, (0.2, 1), interpolation=InterpolationMode.BICUBIC)
     augment = v2.Compose([crop, v2.RandomHorizontalFlip(0.5)])
-    size, steps, records = args.device_batch_size or 8 // processes, 33 // 8, []
-    warm, total = args.warmup_epochs * steps, args.epochs * steps
-    half = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16")
 
-    def example(epoch, i):
-        torch.manual_seed(seed_of("file", args.seed, epoch, i))
-        pixels = augment(make_shapes(33, 0)[0][i]) / 255
-        return TF.normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    def losses(batches, picks, rank):
+        noise = torch.rand(len(batches[rank]), 64)
+        with pytest.MonkeyPatch.context() as patch, half:
+            if args.feature_weight:  # the negatives are those of all processes
+                with torch.no_grad():
+                    z = [model.momentum_encoder(images)[:, 1:] for images in batches]
+                z = F.normalize(torch.cat(z).float(), dim=2)
+                patch.setattr(mirl, "gather_batch", lambda _: (z, rank))
+            out = model(batches[rank], noise)
+        found = dict(loss=out.loss) | out.terms
+        for g, (loss, p) in enumerate(zip(out.losses, out.reconstruction), start=1):
+            found[f"loss_{g}"] = loss
+            if out.residual:
+                share = (out.residual[g - 1] * p).sum() / p.square().sum()
+                found[f"residual_share_{g}"] = share
+        return found
 
-    for step in range(total):
-        epoch, batch = divmod(step, steps)
-        if batch == 0:
-            order = conftest.permutation(33, "order", args.seed, epoch).tolist()
-            seeds = [seed_of("epoch", args.seed, epoch, rank) for rank in range(processes)]
-            masks = [torch.Generator().manual_seed(one) for one in seeds]
-        picks = [order[8 * batch : 8 * batch + 8][rank::processes] for rank in range(processes)]
-        images = [torch.stack([example(epoch, i) for i in pick]) for pick in picks]
-        record, gradients = dict(epoch=epoch + 1, step=step + 1), []
-        for rank in range(processes):
-            optimizer.zero_grad()
-            for k in range(0, 8 // processes, size):
-                noise = torch.rand(size, 64, generator=masks[rank])
-                with pytest.MonkeyPatch.context() as patch, half:
-                    if args.feature_weight:  # the negatives are those of all processes
-                        with torch.no_grad():
-                            z = [model.momentum_encoder(x[k : k + size])[:, 1:] for x in images]
-                        z = F.normalize(torch.cat(z).float(), dim=2)
-                        patch.setattr(mirl, "gather_batch", lambda _, z=z, rank=rank: (z, rank))
-                    out = model(images[rank][k : k + size], noise)
-                found = dict(loss=out.loss.detach()) | out.terms
-                for g, (loss, p) in enumerate(zip(out.losses, out.reconstruction), start=1):
-                    found[f"loss_{g}"] = loss
-                    if out.residual:
-                        share = (out.residual[g - 1] * p).sum() / p.square().sum()
-                        found[f"residual_share_{g}"] = share.detach()
-                for name, value in found.items():
-                    record[name] = record.get(name, 0) + value.item() * size / 8
-                (out.loss * size * processes / 8).backward()
-            gradients.append([p.grad / processes for p in trained])
-        for p, *parts in zip(trained, *gradients, strict=True):
-            p.grad = sum(parts)
-        record["grad_norm"] = sum(p.grad.double().square().sum().item() for p in trained) ** 0.5
-        if args.clip_grad:
-            torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
-        done = (step - warm) / (total - warm)
-        share = (step + 1) / warm if step < warm else (1 + math.cos(math.pi * done)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = record["lr"] = (args.lr or args.base_lr / 32) * share
-        optimizer.step()
+    images, how, records = make_shapes(33, 0)[0], dict(betas=(0.9, 0.95), processes=processes), []
+    for record in conftest.plain_steps(args, model, losses, images, augment, **how):
+        records.append(record)
         if args.feature_weight:
-            decay = 0.999 + 0.0009 * (step + 1) / steps / 100
+            decay = 0.999 + 0.0009 * record["step"] / 4 / 100  # 4 steps an epoch
             for name, average in model.momentum_encoder.named_parameters():
                 average.data.lerp_(model.encoder.get_parameter(name).data, 1 - decay)
-        records.append(record)
-    return model.state_dict(), records
-
-
-def assert_as_in_plain_loops(out, flags, processes=1):
-    model, records = in_plain_loops(flags, processes)
-    for name, x in load_file(out / "checkpoint.pt")["model"].items():
-        for ending, parts, key in ((".qkv.bias", 3, 1), (".kv.bias", 2, 0)):
-            if name.endswith(ending):  # a key's bias has no gradient but what is rounded
-                x.chunk(parts)[key].copy_(model[name].chunk(parts)[key])
-        torch.testing.assert_close(x, model[name], rtol=1e-6, atol=1e-7, msg=name)
-    for one, two, line in zip(records[::2], records[1::2], metrics(out, "step"), strict=True):
-        for name, value in two.items():  # of losses the mean since the last line
-            if name not in ("epoch", "step", "lr", "grad_norm"):
-                value = (one[name] + value) / 2
-            assert line[name] == pytest.approx(value, rel=1e-5), name
+    conftest.assert_trained(out, records, (2, 4, 6, 8), {"checkpoint.pt": model.state_dict()})
 
 
 CASES = {
@@ -176,7 +126,7 @@ def test_a_run_of_two_processes_in_plain_loops(tmp_path):
 def assert_picture(path, images, model, pair=1, seed=0):
     """Its panels are three times as large as the images; MAE has no residual and main component."""
     noise = torch.rand(len(images), 64, generator=torch.Generator().manual_seed(seed))
-    pixels = TF.normalize(images / 255, mirl.IMAGENET_MEAN, mirl.IMAGENET_STD)
+    pixels = conftest.normalised(images)
     with torch.no_grad():
         panels = mirl.panels(pixels, mirl.MIRL.forward(model, pixels, noise), 4, pair)
     names = ["ground truth", "masked", "reconstruction", "residual", "main component"]

@@ -32,6 +32,7 @@ def run(*flags) -> subprocess.CompletedProcess:
 def test_every_cell_is_what_it_is_called(size):
     cells = study.plan(size, [0, 3])
     assert len(set(map(str, cells))) == len(cells) == (6 if size == "long" else 28)
+    assert str(cells[0]) == "mae-48-seed0"
     for cell in cells:
         flags = {name: c[1:] for name, c in study.commands(cell, arguments(size)).items()}
         finetune = train_finetune.parse(flags["finetune"])
@@ -67,7 +68,7 @@ def test_table_and_figures_of_known_results(tmp_path):
     ]
     table = study.summary(lines)
     assert table["mae", 24, False]["top1"] == [50.0, 53.0]
-    study.draw_long(table, tmp_path / "long.png")
+    study.draw_long(table, tmp_path / "long.png", depth=24)
     assert all((tmp_path / f"{name}.png").exists() for name in ("depth", "lesson", "long"))
 
 

@@ -1,15 +1,10 @@
 """The depth study: what pre-training by MIRL and by MAE is worth to encoders of 12, 24, 48 blocks.
 
-On a CPU, two cells at a time, each on half of the cores (2 h 20 min a seed on 2 cores):
-    python assets/depth/study.py --jobs 2
+    python assets/depth/study.py --jobs 2       on a CPU, two cells at a time
+    python assets/depth/study.py --size long    48 blocks alone, ten epochs in place of three
+    python assets/depth/study.py --size gpu     wider models, on one GPU
 
-48 blocks alone, for ten epochs in place of three:
-    python assets/depth/study.py --size long --jobs 2
-
-On one GPU:
-    python assets/depth/study.py --size gpu
-
-The table and the figure of the results beside this file:
+    table and figures of the results beside this file:
     python assets/depth/study.py --draw --out assets/depth
 
 A cell is one method, depth and seed: pre-training, then fine-tuning, a linear probe, and nearest
@@ -28,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -88,12 +84,12 @@ class Cell(NamedTuple):
 
 def plan(size: str, seeds: list[int]) -> list[Cell]:
     """All cells of a size, the most telling first."""
-    compared = [Cell(m, depth, False, 0) for depth in DEPTHS[::-1] for m in ("mae", "mirl")]
-    truncated = [Cell(method, 24, True, 0) for method in ("mae", "mirl")]
-    others = [Cell(m, depth, False, 0) for m in ("scratch", "sparse") for depth in DEPTHS[::-1]]
+    order = [(m, depth, False) for depth in DEPTHS[::-1] for m in ("mae", "mirl")]
+    order += [(m, 24, True) for m in ("mae", "mirl")]
+    order += [(m, depth, False) for m in ("scratch", "sparse") for depth in DEPTHS[::-1]]
     models, methods = SIZES[size]["models"], SIZES[size].get("methods", METHODS)
-    cells = [c for c in compared + truncated + others if c.depth in models and c.method in methods]
-    return [cell._replace(seed=seed) for seed in seeds for cell in cells]
+    cells = [Cell(*cell, seed) for seed in seeds for cell in order]
+    return [cell for cell in cells if cell.depth in models and cell.method in methods]
 
 
 def commands(cell: Cell, args: argparse.Namespace) -> dict[str, list[str]]:
@@ -148,13 +144,12 @@ def run_cell(cell: Cell, args: argparse.Namespace, threads: int) -> dict:
 
 
 def summary(results: list[dict]) -> dict[tuple, dict[str, list]]:
-    """(method, depth, truncated) -> measure -> its values, one a seed."""
-    table = {}
+    """(method, depth, truncated) -> measure -> its values, one a seed; where there are none, []."""
+    table = defaultdict(lambda: defaultdict(list))
     for line in sorted(results, key=lambda line: line["seed"]):
-        row = table.setdefault((line["method"], line["depth"], line["truncated"]), {})
-        for measure in (*MEASURES, "blocks", "shares"):
-            if measure in line:
-                row.setdefault(measure, []).append(line[measure])
+        row = table[line["method"], line["depth"], line["truncated"]]
+        for measure in line.keys() & {*MEASURES, "blocks", "shares"}:
+            row[measure].append(line[measure])
     return table
 
 
@@ -162,11 +157,12 @@ def markdown(table: dict) -> str:
     titles = ["depth", "pre-training", *(title for title, _ in MEASURES.values())]
     rows = [titles, ["---"] * len(titles)]
     for depth, method, truncated in itertools.product(DEPTHS, METHODS, (False, True)):
-        if row := table.get((method, depth, truncated)):
+        row = table[method, depth, truncated]
+        if any(row.values()):
             name = METHODS[method][0] + f", {depth - TRUNCATED} blocks" * truncated
             rows.append([str(depth), name])
             for measure, (_, digits) in MEASURES.items():
-                seen = row.get(measure, [])
+                seen = row[measure]
                 mean = f"{statistics.fmean(seen):.{digits}f}" if seen else ""
                 spread = f" ± {statistics.stdev(seen):.{digits}f}" if len(seen) > 1 else ""
                 rows[-1].append(mean + spread)
@@ -184,13 +180,12 @@ def draw(table: dict, path: Path) -> None:
     panels, by_block = figure.subplots(2, 3)
     for measure, axes in zip(("top1", "linear", "knn"), panels, strict=True):
         for method, (label, colour) in METHODS.items():
-            whole = {d: table.get((method, d, False), {}).get(measure) for d in DEPTHS}
-            whole = {d: seen for d, seen in whole.items() if seen}
+            whole = {d: seen for d in DEPTHS if (seen := table[method, d, False][measure])}
             means = [statistics.fmean(seen) for seen in whole.values()]
             axes.plot(list(whole), means, color=colour, label=label)
             for d, seen in whole.items():
                 axes.plot([d] * len(seen), seen, ".", color=colour)
-            cut = table.get((method, 24, True), {}).get(measure, [])
+            cut = table[method, 24, True][measure]
             axes.plot([24] * len(cut), cut, "x", color=colour)
         axes.set_xscale("log", base=2)
         axes.set_xticks(DEPTHS, map(str, DEPTHS))
@@ -208,24 +203,23 @@ def draw(table: dict, path: Path) -> None:
 def draw_blocks(table: dict, depth: int, axes) -> None:
     """Accuracy after every block."""
     for method, (_, colour) in METHODS.items():
-        curves = table.get((method, depth, False), {}).get("blocks", [])
-        for style, seen in zip(itertools.cycle(SEEDS), curves):
+        for style, seen in zip(itertools.cycle(SEEDS), table[method, depth, False]["blocks"]):
             axes.plot(range(1, depth + 1), seen, style, color=colour, linewidth=1)
     axes.set(title=f"{depth} blocks, every seed", xlabel="after block", xlim=(1, depth))
 
 
-def draw_long(table: dict, path: Path) -> None:
+def draw_long(table: dict, path: Path, depth: int = 48) -> None:
     """Features after every block, and what residuals carry of each pair's prediction, by epoch."""
     figure = new_figure(11, 3.8)
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
     by_block, by_pair = left.subplots(), right.subplots(1, 3, sharey=True)
-    (depth,) = {depth for _, depth, _ in table}
     draw_blocks(table, depth, by_block)
     by_block.set_ylabel("nearest neighbours, top-1, %")
     for method, (label, colour) in METHODS.items():
-        if row := table.get((method, depth, False)):
+        row = table[method, depth, False]
+        if row["blocks"]:
             by_block.plot([], [], color=colour, label=label)
-            for style, shares in zip(itertools.cycle(SEEDS), row.get("shares", [])):
+            for style, shares in zip(itertools.cycle(SEEDS), row["shares"]):
                 for axes, share in zip(by_pair, shares, strict=False):  # MAE has no pairs
                     axes.plot(range(1, len(share) + 1), share, style, color=colour, linewidth=1)
     for pair, axes in enumerate(by_pair, start=1):
@@ -242,7 +236,7 @@ def draw_lesson(table: dict, path: Path, depth: int = 24) -> None:
     axes = figure.subplots()
     for method in ("mirl", "mae"):
         (label, colour), blocks = METHODS[method], range(1, depth + 1)
-        seeds = table.get((method, depth, False), {}).get("blocks", [])
+        seeds = table[method, depth, False]["blocks"]
         for seen in seeds:
             axes.plot(blocks, seen, color=colour, linewidth=0.8, alpha=0.5)
         mean = [statistics.fmean(after) for after in zip(*seeds, strict=True)]
@@ -276,8 +270,8 @@ def main() -> None:
     if args.draw and not path.exists():
         parser.error(f"--draw: there is no {path}")
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    results = [json.loads(line) for line in lines]
+    lines = path.read_text() if path.exists() else ""
+    results = [json.loads(line) for line in lines.splitlines()]
     if not args.draw:
         done = {result["cell"] for result in results}
         todo = [cell for cell in plan(args.size, args.seeds) if str(cell) not in done]
