@@ -10,18 +10,22 @@ precision and optimiser, starts at random and takes its turn. Sizes agree but fo
 
 - infer, finetune: our ViT beside the VisionTransformer of timm and of torchvision.
 - pretrain: MIRL and our MAE (with --method mae that alone) beside ViTMAEForPreTraining of
-  transformers, which for the same predictions embeds the masked patches too, and computes the
-  visible ones in the decoder's last block.
+  transformers and `TimmMAE`. Both of theirs compute visible patches in the decoder's last block,
+  for the same predictions; transformers embeds the masked ones too.
 
-On 2 cores, inference and MAE's steps are level with theirs.
+On 2 cores, inference and MAE's steps are level with timm's, torchvision's and transformers'.
 """
 
 import importlib.util
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 import torch.nn as nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval_speed
@@ -29,7 +33,42 @@ import mirl
 from common.cli import run_script
 
 VITS = ("timm", "torchvision")
-PEERS = dict(infer=VITS, finetune=VITS, pretrain=("transformers",))
+PEERS = dict(infer=VITS, finetune=VITS, pretrain=("timm", "transformers"))
+
+
+class Output(NamedTuple):
+    loss: Tensor
+
+
+class TimmMAE(nn.Module):
+    """MAE made of timm's blocks, in the shape of facebookresearch/mae."""
+
+    def __init__(self, config: mirl.Config):
+        super().__init__()
+        from timm.models.vision_transformer import Block
+
+        D, d, norm = config.width, config.decoder_width, partial(nn.LayerNorm, eps=1e-6)
+        block = partial(Block, qkv_bias=True, norm_layer=norm)
+        self.config, self.encoder = config, mirl.ViT(replace(config, depth=1, pool="none"))
+        self.encoder.blocks = nn.Sequential(*(block(D, config.heads) for _ in range(config.depth)))
+        self.embed, self.decoder_norm = nn.Linear(D, d), norm(d)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
+        self.register_buffer("positions", mirl.sincos_positions(d, config.grid))
+        blocks = (block(d, config.decoder_heads) for _ in range(config.decoder_depth))
+        self.decoder, self.head = nn.Sequential(*blocks), nn.Linear(d, config.patch_pixels)
+
+    def forward(self, images: Tensor) -> Output:
+        patches = mirl.patchify(images, self.config.patch_size)  # (B, N, P·P·C)
+        noise = torch.rand(patches.shape[:2], device=images.device)
+        visible, masked = mirl.random_masking(noise, self.config.mask_ratio)  # (B, V), (B, M)
+        x = self.encoder.embed(mirl.take(patches, visible), visible)  # (B, 1+V, D)
+        x = self.embed(self.encoder.norm(self.encoder.blocks(x)))  # (B, 1+V, d)
+        background = self.mask_token.to(x.dtype).expand(*noise.shape, -1)  # (B, N, d)
+        x = torch.cat([x[:, :1], mirl.put(x[:, 1:], visible, background)], dim=1)
+        x = self.decoder(x + self.positions)[:, 1:]  # (B, N, d)
+        prediction = self.head(self.decoder_norm(mirl.take(x, masked)))  # (B, M, P·P·C)
+        target, _, _ = mirl.normalise_patches(mirl.take(patches, masked))
+        return Output(mirl.reconstruction_loss(prediction, target))
 
 
 def peer(library: str, name: str, mode: str) -> nn.Module:
@@ -52,6 +91,8 @@ def peer(library: str, name: str, mode: str) -> nn.Module:
             norm_pix_loss=True, attn_implementation="sdpa",
         )  # fmt: skip
         return ViTMAEForPreTraining(config)
+    if mode == "pretrain":
+        return TimmMAE(c)
     from timm.models import VisionTransformer
 
     sizes = dict(img_size=c.image_size, patch_size=c.patch_size, embed_dim=c.width)

@@ -145,6 +145,7 @@ def torchrun(gpus: int) -> None:
 
 def speed(mode: str, batch: int, *models: str, gpus: int, compile=False, peers=False) -> None:
     """Speed in bf16 of the models of Table 4, or of these; with `peers` other libraries' too."""
+    bench_peers.PEERS[mode] = tuple(filter(find_spec, bench_peers.PEERS[mode]))
     flags = ["--batch-size", "2", "--windows", "1", "--seconds", "0", "--models", "vit_nano"]
     if gpus:
         flags = ["--batch-size", str(batch), "--windows", "3", "--seconds", "0.5"]
@@ -175,7 +176,7 @@ ALONE = {  # then one by one, the most telling first
     "infer": (90, partial(speed, "infer", 256), None),
     "infer-compiled": (120, partial(speed, "infer", 256, "vit_s", "vit_b", compile=True), None),
     "finetune": (120, partial(speed, "finetune", 128), None),
-    "peers-pretrain": (90, partial(speed, "pretrain", 128, "vit_b", peers=True), "transformers"),
+    "peers-pretrain": (90, partial(speed, "pretrain", 128, "vit_b", peers=True), "timm"),
     "peers-infer": (90, partial(speed, "infer", 256, "vit_s", "vit_b", peers=True), "timm"),
 }
 PARTS = TOGETHER | ALONE

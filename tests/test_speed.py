@@ -1,6 +1,7 @@
 """eval_speed.py: what it counts, and that it reports what it measured."""
 
 import functools
+import importlib.util
 import json
 import re
 from unittest.mock import Mock
@@ -149,3 +150,16 @@ def test_peers_that_are_not_installed(capsys, monkeypatch):
     monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: None)
     assert run(bench_peers, *QUICK) == 2
     assert re.search(r"needs the package \w+: pip install -e '.\[peers\]'", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="needs timm, an optional extra")
+def test_the_timm_mae_is_ours_with_their_blocks():
+    """It takes our encoder's weights, makes the same of the images, and is as large."""
+    ours, images = mirl.build_mae("vit_nano"), torch.randn(2, 3, 32, 32)
+    theirs = bench_peers.TimmMAE(ours.config)
+    theirs.encoder.load_state_dict(ours.encoder.state_dict())
+    expected = ours.encoder(images)
+    torch.testing.assert_close(theirs.encoder(images), expected, atol=1e-5, rtol=1e-4)
+    assert theirs(images).loss.isfinite()
+    sizes = {sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)}
+    assert len(sizes) == 1
