@@ -156,6 +156,20 @@ def speed(mode: str, batch: int, *models: str, gpus: int, compile=False, peers=F
     found(matrix_tflops=result["matrix_tflops"], table="\n" + eval_speed.table(result["rows"]))
 
 
+def depth(gpus: int) -> None:
+    """Cells of the depth study, 192 wide, as they end; it goes on until it is stopped."""
+    flags = ["--size", "gpu", "--data", "shapes", "--seeds", "0", "--jobs", "4"]
+    command = [sys.executable, ROOT / "assets" / "depth" / "study.py", *flags, "--out", Path.cwd()]
+    study = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in study.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("{"):
+            cell = json.loads(line)
+            keys = sorted(cell.keys() & {"knn", "linear", "loss", "top1"})
+            found(**{f"{cell['cell']} {k}": cell[k] for k in keys})
+    sys.exit(study.wait())
+
+
 # -- All of it: each part with its time limit in seconds, and what it needs beside a CPU. Compiling
 # a training step takes minutes there.
 
@@ -178,6 +192,7 @@ ALONE = {  # then one by one, the most telling first
     "finetune": (120, partial(speed, "finetune", 128), None),
     "peers-pretrain": (90, partial(speed, "pretrain", 128, "vit_b", peers=True), "timm"),
     "peers-infer": (90, partial(speed, "infer", 256, "vit_s", "vit_b", peers=True), "timm"),
+    "depth": (3600, depth, "a GPU"),
 }
 PARTS = TOGETHER | ALONE
 RUNNING: set[subprocess.Popen] = set()
@@ -202,7 +217,7 @@ def run(name: str, folder: Path, gpus: int, until: float) -> dict:
     try:
         ok, stopped = process.wait(limit) == 0, []
     except subprocess.TimeoutExpired:
-        ok, stopped = False, ["stopped at its time limit"]
+        ok, stopped = name == "depth", ["stopped at its time limit"]  # which takes all there is
     end(process)
     for line in filter(str.strip, path.read_text(errors="replace").splitlines()):
         if line.startswith(FOUND):
