@@ -26,16 +26,12 @@ pytest.importorskip("pycocotools")
 from pycocotools import mask as coco_mask
 
 SIZE = [31, 45]  # of the images in `coco`
-# torchvision's defaults are made for 800 pixels: fewer proposals do for these
-FEW = dict(rpn_post_nms_top_n_train=20, rpn_pre_nms_top_n_train=50, box_batch_size_per_image=16)
-
-
 TASK = Detection(Namespace(dtype="fp32"), CPU)
 STILL = TASK.transform(None, False)
 
 
-def detector(dtype=torch.float32, sizes=(64,), **changes):
-    return mask_rcnn(vit(**changes), 5, sizes=sizes, width=16, dtype=dtype, **FEW)
+def detector(dtype=torch.float32, **changes):
+    return mask_rcnn(vit(**changes), 5, size=64, width=16, dtype=dtype)
 
 
 def target(*corners, side=64):
@@ -156,13 +152,13 @@ NOT_COCO = "train2017.json is no file of COCO's instances"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.pop("images"), f"{NOT_COCO} .KeyError..images"),
+        (lambda c: c.pop("images"), f"{NOT_COCO}.* .KeyError..images"),
         (lambda c: c.update(annotations=[7]), NOT_COCO),
-        (lambda c: c["images"][0].update(id=285), "has two images of one id"),
-        (lambda c: c["categories"][0].update(id=3), "has two categories of one id"),
+        (lambda c: c["images"].append(c["images"][0]), "has two images of one id"),
+        (lambda c: c["categories"].append(c["categories"][0]), "has two categories of one id"),
         (lambda c: c["images"][0].update(file_name="x.jpg"), "the image .'x.jpg'., which is not i"),
-        (lambda c: c["annotations"][0].update(image_id=5), r"of images \[5\], which it does no"),
-        (lambda c: c["annotations"][0].update(category_id=7), r"of categories \[7\], which it do"),
+        (lambda c: c["annotations"][0].update(image_id=5), r"of what it does not list .KeyError.5"),
+        (lambda c: c["annotations"][0].update(category_id=7), r"it does not list .KeyError.7"),
     ],
 )
 def test_annotations_that_cannot_be_used(tmp_path, edit, message):
@@ -174,7 +170,7 @@ def test_an_annotation_file_that_is_none(tmp_path):
     file.write_text("{")
     refused(load_coco, tmp_path / "a", "train", message=NOT_COCO)
     file.unlink()
-    refused(load_coco, tmp_path / "a", "train", message=f"{NOT_COCO} .FileNotFoundError")
+    refused(load_coco, tmp_path / "a", "train", message=f"{NOT_COCO}.* .FileNotFoundError")
 
 
 def test_transforms_move_boxes_and_masks_alike(tmp_path):
@@ -217,7 +213,7 @@ def test_what_the_task_makes_of_the_model():
 
 def test_boxes_are_exact_under_bfloat16():
     """Encoder and FPN are in bfloat16; anchors, heads and boxes are not."""
-    model, seen = detector(torch.bfloat16, sizes=(32,), patch_size=16).eval(), {}
+    model, seen = detector(torch.bfloat16, patch_size=16).eval(), {}
     parts = dict(
         mlp=model.backbone.pyramid.vit.blocks[0].mlp.fc1,
         fpn=model.backbone.fpn.layer_blocks[0],
