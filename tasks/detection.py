@@ -240,7 +240,7 @@ def load_coco(root: Path, split: str) -> COCODetection:
         sizes = {x["id"]: (int(x["height"]), int(x["width"])) for x in images}
         kinds = {x["id"]: x["name"] for x in categories}
         label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
-        placed = [(x["image_id"], sizes[x["image_id"]], label_of[x["category_id"]]) for x in found]
+        placed = [(x, sizes[x["image_id"]], label_of[x["category_id"]]) for x in found]
         there = files_in(folder)
         missing = sorted({*names.values()} - {*there})
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
@@ -250,10 +250,11 @@ def load_coco(root: Path, split: str) -> COCODetection:
         require(len(known) == len(content[what]), f"{file} has two {what} of one id")
     require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
     warn(folder, f"images that are not in {file} left out", sorted({*there} - {*names.values()}))
-    annotated = names if split == "val" else {image for image, _, _ in placed}
-    objects = {image: [] for image in names if image in annotated}
+    wanted = names if split == "val" else {x["image_id"] for x in found}
+    objects = {image: [] for image in names if image in wanted}
     wrong = []
-    for x, (image, (h, w), label) in zip(found, placed, strict=True):
+    for x, (h, w), label in placed:
+        image = x["image_id"]
         if not usable(x, h, w):
             wrong.append(f"of {names[image]}")
             continue

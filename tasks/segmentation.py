@@ -150,8 +150,10 @@ def load_ade20k(root: Path, split: str) -> ADE20K:
     belong together."""
     part = dict(train="training", val="validation")[split]
     images, maps = root / "images" / part, root / "annotations" / part
-    image_of: dict[str, str] = {}
-    twins = [x for x in files_in(images) if image_of.setdefault(os.path.splitext(x)[0], x) != x]
+    image_of, twins = {}, []
+    for name in files_in(images):
+        if image_of.setdefault(os.path.splitext(name)[0], name) != name:
+            twins.append(name)
     warn(images, "files with the name of another one but for its ending left out", twins)
     stems = {name.removesuffix(".png") for name in files_in(maps, (".png",))}
     require(image_of, f"--data {root}: {images} holds no images")

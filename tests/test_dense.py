@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import CPU, interrupt, refused
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 import common.shapes
 import mirl
@@ -243,14 +244,15 @@ def test_what_cannot_be_read_is_replaced_and_named(tmp_path, monkeypatch, capsys
 
 
 def test_an_overlay_shows_what_was_found():
-    """Each kind moves half-way to its colour, which its box has too."""
+    """Each kind moves half-way to its colour, which its box has too; the truth stands before it."""
     image = make_scenes(12, 2).images[0]
     large = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
     boxes = torch.tensor([[5.0, 40, 30, 60], [35, 40, 60, 60], [5, 30, 60, 38]])
     masks = torch.zeros(3, 64, 64, dtype=torch.bool)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int()):
         mask[top:bottom, left:right] = True
-    drawn = dense.overlay(image, masks, [1, 17, 2], ["a", "b", "c"], boxes)
+    found = dict(masks=masks, kinds=[1, 17, 2], names=["a", "b", "c"], boxes=boxes)
+    drawn = dense.overlay(image, **found)
     twice = torch.cat([masks, masks[2:]])  # the first of two in one place is seen
     plain = dense.overlay(image, twice, [1, 17, 2, 3], ["a", "b", "c", "c"])
     assert drawn.shape == (3, 512, 512) and drawn.dtype == torch.uint8
@@ -263,7 +265,11 @@ def test_an_overlay_shows_what_was_found():
         right, bottom = (8 * box[2:]).int().tolist()
         assert torch.equal(drawn[:, bottom, right], colour.to(torch.uint8))
     assert torch.equal(drawn[:, :200], large[:, :200])
-    assert torch.equal(dense.overlay(image, masks[:0], [], []), large)
+    nothing = dict(masks=masks[:0], kinds=[], names=[])
+    assert torch.equal(dense.overlay(image, **nothing), large)
+    picture = TF.pil_to_tensor(dense.compared(image, nothing, found))
+    assert torch.equal(picture[:, -516:-4, 520:1032], large)
+    assert torch.equal(picture[:, -516:-4, 1036:1548], drawn)
 
 
 def test_names_are_whole():

@@ -310,8 +310,7 @@ def in_each_of_two_processes(root, expected):
     assert distributed.WORLD_SIZE == 2
     with distributed.process_group("cpu") as device:
         data = load_coco(root, "train")
-        images = loader(data, STILL, 2, keep_labels=False)
-        [scores] = TASK.evaluate([knowing(data, 0, 3, 1)], images)
+        [scores] = TASK.evaluate([knowing(data, 0, 3, 1)], loader(data, STILL, keep_labels=False))
         assert scores == pytest.approx(expected)
 
         images = noise(2, 3, 64, 64, seed=RANK)
@@ -332,16 +331,9 @@ def in_each_of_two_processes(root, expected):
 
 
 def test_two_processes(tmp_path, monkeypatch):
-    """What each of them finds has another precision than what both find together."""
-    scenes, shifts = write_scenes(monkeypatch, tmp_path, 12, 1), (0, 3, 1)
+    scenes = write_scenes(monkeypatch, tmp_path, 12, 1)
     data = load_coco(scenes, "train")
-    images = loader(data, STILL, 2, keep_labels=False)
-    [scores] = TASK.evaluate([knowing(data, *shifts)], images)
-    for part in (range(0, 12, 2), range(1, 12, 2), range(12)):
-        found = [(i + 1, detections(perfect(data, i, shifts[i % 3]))) for i in part]
-        alone = coco_scores(found, data)
-        assert 20 < alone["box_ap"] < 95
-        assert (abs(alone["box_ap"] - scores["box_ap"]) < 1e-9) == (len(part) == 12)
+    [scores] = TASK.evaluate([knowing(data, 0, 3, 1)], loader(data, STILL, keep_labels=False))
     code = f"import pathlib, test_detection as t; root = pathlib.Path({str(scenes)!r})\n"
     code += f"t.in_each_of_two_processes(root, {scores})"
     succeed(start(code, 2))
