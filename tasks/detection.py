@@ -147,8 +147,7 @@ class COCODetection(ImageSet):
         return dict(id=image_id, height=h, width=w), objects
 
     def name(self, i: int) -> str:
-        image, _ = self.item(i)
-        return f"{super().name(i)} or its annotation ({image['width']} x {image['height']})"
+        return super().name(i) + " or its annotation"
 
     def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
         """Image i, uint8 (3, h, w), and its n objects: boxes float32 (n, 4), corners x, y, x, y,
