@@ -197,7 +197,7 @@ def write(image: Tensor, names: list[str], places: list[tuple[float, float]]) ->
 def compared(image: Tensor, truth: dict | None, found: dict) -> Image.Image:
     """An image, uint8 (3, h, w), what is on it, if that is known, and what was found, side by side;
     both as `overlay` takes them."""
-    parts = dict(masks=image[:0], kinds=[], names=[]), truth, found
-    columns = dict(zip(("image", "ground truth", "prediction"), parts))
+    nothing = dict(masks=image[:0], kinds=[], names=[])
+    columns = {"image": nothing, "ground truth": truth, "prediction": found}
     panels = {name: overlay(image, **part) for name, part in columns.items() if part}
     return titled(torch.stack([*panels.values()])[None], [*panels])

@@ -68,13 +68,7 @@ class Detection(Classification):
 
     def model(self, vit: ViT, classes: int, head_width: int | None) -> nn.Module:
         size = min(vit.config.image_hw)
-        sizes = tuple(range(size, size * 3 // 5 - 1, -32))[::-1]  # of 800: 480, 512, …, 800
-        few = {}
-        if size <= SMALL:  # torchvision's are for large images
-            few = dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
-            few |= dict(box_batch_size_per_image=64)
-        width, longest = head_width or 256, size * 5 // 3
-        return mask_rcnn(vit, 1 + classes, sizes, longest, width, self.dtype, **few)
+        return mask_rcnn(vit, 1 + classes, size, head_width or 256, self.dtype)
 
     def transform(self, config: Config, training: bool) -> Callable:
         """(image, objects) -> the same, in training flipped at random; the model resizes."""
@@ -153,8 +147,7 @@ class COCODetection(ImageSet):
         return dict(id=image_id, height=h, width=w), objects
 
     def name(self, i: int) -> str:
-        image, _ = self.item(i)
-        return f"{super().name(i)} or its annotation ({image['width']} x {image['height']})"
+        return super().name(i) + " or its annotation"
 
     def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
         """Image i, uint8 (3, h, w), and its n objects: boxes float32 (n, 4), corners x, y, x, y,
@@ -246,28 +239,28 @@ def load_coco(root: Path, split: str) -> COCODetection:
         sizes = {x["id"]: (int(x["height"]), int(x["width"])) for x in images}
         kinds = {x["id"]: x["name"] for x in categories}
         label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
-        annotated, used = ({x[k] for x in found} for k in ("image_id", "category_id"))
+        placed = [(x, sizes[x["image_id"]], label_of[x["category_id"]]) for x in found]
         there = files_in(folder)
         missing = sorted({*names.values()} - {*there})
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
-    for what, known, needed in (("images", names, annotated), ("categories", kinds, used)):
+        why = "is no file of COCO's instances, or has annotations of what it does not list"
+        raise UserError(f"{file} {why} ({error!r:.80})") from None
+    for what, known in (("images", names), ("categories", kinds)):
         require(len(known) == len(content[what]), f"{file} has two {what} of one id")
-        lone = [*needed - known.keys()][:1]
-        require(not lone, f"{file} has annotations of {what} {lone}, which it does not list")
     require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
     warn(folder, f"images that are not in {file} left out", sorted({*there} - {*names.values()}))
-    objects = {image: [] for image in names if split == "val" or image in annotated}
+    wanted = names if split == "val" else {x["image_id"] for x in found}
+    objects = {image: [] for image in names if image in wanted}
     wrong = []
-    for x in found:
-        image, (h, w) = x["image_id"], sizes[x["image_id"]]
+    for x, (h, w), label in placed:
+        image = x["image_id"]
         if not usable(x, h, w):
             wrong.append(f"of {names[image]}")
             continue
         (left, top, width, height), crowd = x["bbox"], x.get("iscrowd") not in (None, 0, "0")
         inside = min(left + width, w) - max(left, 0), min(top + height, h) - max(top, 0)
         if split == "val" or (min(inside) >= 1 and not crowd):
-            objects[image].append((label_of[x["category_id"]], x["bbox"], x["segmentation"], crowd))
+            objects[image].append((label, x["bbox"], x["segmentation"], crowd))
     warn(file, "objects without a box or segmentation that can be drawn left out", wrong)
     items = [json.dumps((k, *sizes[k], v)).encode() for k, v in objects.items()]
     return COCODetection(
@@ -300,31 +293,32 @@ class FeaturePyramid(nn.Module):
 def mask_rcnn(
     vit: ViT,
     num_classes: int,
-    sizes: tuple[int, ...] = tuple(range(480, 801, 32)),
-    longest: int = 1333,
+    size: int = 800,
     width: int = 256,
     dtype: torch.dtype = torch.float32,
-    **more,
 ) -> detection.MaskRCNN:
     """torchvision's Mask R-CNN on a pyramid and an FPN of `width` channels, heads in proportion.
 
     It takes a list of images, float (C, h, w), ImageNet-normalised; num_classes counts the
-    background, class 0. An image's short side becomes one of `sizes`, drawn in training and the
-    last in evaluation, the long side at most `longest`. Anchors are torchvision's, 8 strides a
-    side. Encoder and FPN run under autocast to `dtype`; anchors and boxes would lose pixels by it.
-    more: torchvision's other arguments.
+    background, class 0. An image's short side becomes `size`, in training one of 480, 512, …, 800
+    (of 800), the long side at most 5/3 of `size`. Anchors are torchvision's, 8 strides a side.
+    Encoder and FPN run under autocast to `dtype`; anchors and boxes would lose pixels by it.
     """
+    fewer = {}
+    if size <= SMALL:  # torchvision's are for large images
+        fewer = dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
+        fewer |= dict(box_batch_size_per_image=64)
     model = detection.MaskRCNN(
         FeaturePyramid(vit, width, dtype),
-        min_size=sizes,
-        max_size=longest,
+        min_size=tuple(range(size, size * 3 // 5 - 1, -32))[::-1],
+        max_size=size * 5 // 3,
         image_mean=(0.0,) * 3,
         image_std=(1.0,) * 3,
         box_head=detection.faster_rcnn.TwoMLPHead(width * 7**2, 4 * width),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
         mask_head=detection.mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
         mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, num_classes),
-        **more,
+        **fewer,
     )
     model.config = vit.config
     return model

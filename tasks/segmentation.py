@@ -120,25 +120,20 @@ def regions(labels: Tensor, classes: list[str]) -> dict:
 class ADE20K(ImageSet):
     """Images, names below <root>/images, and a label for each of their pixels."""
 
-    def paths(self, i: int) -> tuple[str, str]:
-        """The files of image i and of its labels."""
-        name = os.fsdecode(self.images[i])
-        labels = os.path.splitext(name)[0] + ".png"
-        return f"{self.root}/images/{name}", f"{self.root}/annotations/{labels}"
-
     def name(self, i: int) -> str:
-        return self.paths(i)[0] + " or its annotation"
+        return f"{self.root}/images/{os.fsdecode(self.images[i])} or its annotation"
 
     def read(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask] | None:
         """Image i, uint8 (3, h, w), and labels, uint8 (h, w), 0 … K − 1 or 255; None where one
         cannot be read. Raises UserError for other labels, or a map of another size."""
-        path, map_path = self.paths(i)
+        name = os.fsdecode(self.images[i])
+        map_path = f"{self.root}/annotations/{os.path.splitext(name)[0]}.png"
         try:
             with Image.open(map_path) as file:
                 labels = TF.pil_to_tensor(file).long()
         except Exception:  # PIL raises nearly anything on a broken file
             return None
-        image = read_sized(path, labels.shape[1:])
+        image = read_sized(f"{self.root}/images/{name}", labels.shape[1:])
         if image is None:
             return None
         fits = labels.shape == (1, *image.shape[1:])
@@ -155,8 +150,10 @@ def load_ade20k(root: Path, split: str) -> ADE20K:
     belong together."""
     part = dict(train="training", val="validation")[split]
     images, maps = root / "images" / part, root / "annotations" / part
-    image_of: dict[str, str] = {}
-    twins = [x for x in files_in(images) if image_of.setdefault(os.path.splitext(x)[0], x) != x]
+    image_of, twins = {}, []
+    for name in files_in(images):
+        if image_of.setdefault(os.path.splitext(name)[0], name) != name:
+            twins.append(name)
     warn(images, "files with the name of another one but for its ending left out", twins)
     stems = {name.removesuffix(".png") for name in files_in(maps, (".png",))}
     require(image_of, f"--data {root}: {images} holds no images")
@@ -265,13 +262,6 @@ def segmentation_loss(out: dict[str, Tensor], labels: Tensor) -> Tensor:
     return loss(out["out"]).mean() + 0.4 * loss(out["aux"]).mean()
 
 
-def whole_inference(model: Callable, images: Tensor) -> Tensor:
-    """Logits (B, classes, H, W) of images (B, 3, H, W), padded with zeros, ImageNet's mean, to
-    sides that `Pyramid` takes, multiples of 32."""
-    h, w = images.shape[2:]
-    return model(F.pad(images, (0, -w % 32, 0, -h % 32)))[:, :, :h, :w]
-
-
 def slide_inference(model: Callable, images: Tensor, size: int, stride: int) -> Tensor:
     """Logits (B, classes, H, W): the mean over windows of `size` that cover images (B, 3, H, W).
     The last window of a row or column ends at the edge, as in mmsegmentation."""
@@ -286,7 +276,8 @@ def slide_inference(model: Callable, images: Tensor, size: int, stride: int) -> 
         for left in starts(w):
             window = images[:, :, top : top + size, left : left + size]
             y, x = window.shape[2:]
-            logits = whole_inference(model, window).float()
+            # with zeros, ImageNet's mean, to sides that `Pyramid` takes
+            logits = model(F.pad(window, (0, -x % 32, 0, -y % 32)))[:, :, :y, :x].float()
             total = total + F.pad(logits, (left, w - left - x, top, h - top - y))
             windows[top : top + y, left : left + x] += 1
     return total / windows

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import CPU, interrupt, refused
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 import common.shapes
 import mirl
@@ -87,32 +88,16 @@ def test_the_maps_are_those_of_the_blocks_un_normed_and_without_class_token():
         assert torch.equal(x, grid.amax(dim=(2, 4)).permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize(
-    ("depth", "blocks"), [(12, (3, 5, 7, 11)), (48, (15, 23, 31, 47)), (54, (17, 26, 35, 53))]
-)
-def test_the_blocks_that_maps_come_from(depth, blocks):
-    """The gradient of a map ends at the block that it comes from."""
-    model = dense.Pyramid(vit(depth=depth, width=8, patch_size=16))
-    biases = [block.mlp.fc2.bias for block in model.vit.blocks]
-    for x, last in zip(model(noise(1, 3, 32, 32)), blocks, strict=True):
-        grads = torch.autograd.grad(x.sum(), biases, allow_unused=True, retain_graph=True)
-        assert [g is not None for g in grads] == [k <= last for k in range(depth)]
+def test_the_blocks_that_maps_come_from():
+    """1/3, 1/2, 2/3 and all of the depth."""
+    for depth, ends in ((12, [4, 6, 8, 12]), (48, [16, 24, 32, 48]), (54, [18, 27, 36, 54])):
+        assert dense.Pyramid(vit(depth=depth, width=8)).ends == ends
 
 
-def test_the_pyramid_equals_transformers():
-    beit = pytest.importorskip("transformers.models.beit.modeling_beit", exc_type=ImportError)
-    if not hasattr(beit, "BeitFPNNeck"):
-        pytest.skip("this version of transformers has BEiT's pyramid elsewhere")
-    rescale = dense.Pyramid(vit(patch_size=16)).rescale.eval()
-    for name, x in rescale.state_dict().items():
-        if x.is_floating_point():
-            nn.init.uniform_(x, 0.5 if name.endswith("running_var") else -0.5, 1.5)
-    theirs = beit.BeitFPNNeck(beit.BeitConfig(hidden_size=32)).eval()
-    names = theirs.state_dict().keys()  # the order is the same
-    theirs.load_state_dict(dict(zip(names, rescale.state_dict().values(), strict=True)))
-    maps = [noise(2, 32, 6, 4, seed=k) for k in range(4)]
-    for part, x, expected in zip(rescale, maps, theirs(maps), strict=True):
-        assert torch.equal(part(x), expected)
+def test_maps_are_enlarged_as_in_beit():
+    to_4, to_8, *_ = dense.Pyramid(vit(patch_size=16)).rescale
+    kinds = [nn.ConvTranspose2d, nn.BatchNorm2d, nn.GELU, nn.ConvTranspose2d]
+    assert [type(layer) for layer in to_4] == kinds and type(to_8) is nn.ConvTranspose2d
 
 
 @pytest.mark.parametrize(
@@ -140,26 +125,16 @@ def test_parameters_of_the_papers_models():
             assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == expected
 
 
-@pytest.mark.parametrize("new", [(24, 16), (8, 36), (16, 12)])
-def test_learned_positions_are_resized(new):
-    """A grid of 16 × 24 that rises by rows and columns: slopes stay slopes, but for their ends."""
-    model, own = vit(image_size=(64, 96)), (16, 24)
-    model.pos_embed.copy_(noise(1, 1 + 16 * 24, 32))
-    for k, slope in enumerate(torch.meshgrid(*map(torch.arange, own), indexing="ij")):
-        model.pos_embed[0, 1:, k] = slope.flatten()
-    pyramid, seen = dense.Pyramid(model), []
-    model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+@pytest.mark.parametrize("new", [(24, 16), (8, 36), (16, 24)])
+def test_positions_are_resized_to_the_images(new):
+    """Black images have no other embedding than their positions."""
+    model, own, seen = vit(image_size=(64, 96)), (16, 24), []
+    table = model.pos_embed.copy_(noise(1, 1 + 16 * 24, 32))
     model.cls_token.data.zero_()
-    for h, w in (own, new):  # black images have no other embedding than their positions
-        pyramid(torch.zeros(1, 3, 4 * h, 4 * w))
-    same, table = seen
-    assert torch.equal(same, model.pos_embed)
-    assert torch.equal(table[:, 0], model.pos_embed[:, 0])  # the class token's
-    maps = table[0, 1:].view(*new, 32)
-    centres = [(torch.arange(b) + 0.5) * a / b - 0.5 for a, b in zip(own, new)]
-    for k, expected in enumerate(torch.meshgrid(*centres, indexing="ij")):
-        at = (slice(None),) * k + (slice(3, -3),)
-        torch.testing.assert_close(maps[..., k][at], expected[at], rtol=0, atol=0.03)
+    model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    dense.Pyramid(model)(torch.zeros(1, 3, 4 * new[0], 4 * new[1]))
+    expected = table if new == own else mirl.resize_positions(table, own, new)
+    assert torch.equal(seen[0], expected)
 
 
 def test_scenes_are_the_same_every_time_and_hold_one_to_four_shapes():
@@ -262,21 +237,22 @@ def test_what_cannot_be_read_is_replaced_and_named(tmp_path, monkeypatch, capsys
         assert torch.equal(images[a], images[b])
         assert torch.equal(x, y) if task == "segment" else x["image_id"] == y["image_id"]
     names = [data.name(i) for i in (1, 3)]
-    assert task == "segment" or names[1].endswith("/00004.png or its annotation (64 x 65)")
+    assert names[1].endswith("/00004.png or its annotation")
     told = [f"warning: {name} cannot be used: another image is in its place" for name in names]
     assert capsys.readouterr().out.splitlines()[-4:] == told * 2
     assert one.dataset.broken == {*names}
 
 
 def test_an_overlay_shows_what_was_found():
-    """Each kind moves half-way to its colour, which its box has too."""
+    """Each kind moves half-way to its colour, which its box has too; the truth stands before it."""
     image = make_scenes(12, 2).images[0]
     large = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
     boxes = torch.tensor([[5.0, 40, 30, 60], [35, 40, 60, 60], [5, 30, 60, 38]])
     masks = torch.zeros(3, 64, 64, dtype=torch.bool)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int()):
         mask[top:bottom, left:right] = True
-    drawn = dense.overlay(image, masks, [1, 17, 2], ["a", "b", "c"], boxes)
+    found = dict(masks=masks, kinds=[1, 17, 2], names=["a", "b", "c"], boxes=boxes)
+    drawn = dense.overlay(image, **found)
     twice = torch.cat([masks, masks[2:]])  # the first of two in one place is seen
     plain = dense.overlay(image, twice, [1, 17, 2, 3], ["a", "b", "c", "c"])
     assert drawn.shape == (3, 512, 512) and drawn.dtype == torch.uint8
@@ -289,7 +265,11 @@ def test_an_overlay_shows_what_was_found():
         right, bottom = (8 * box[2:]).int().tolist()
         assert torch.equal(drawn[:, bottom, right], colour.to(torch.uint8))
     assert torch.equal(drawn[:, :200], large[:, :200])
-    assert torch.equal(dense.overlay(image, masks[:0], [], []), large)
+    nothing = dict(masks=masks[:0], kinds=[], names=[])
+    assert torch.equal(dense.overlay(image, **nothing), large)
+    picture = TF.pil_to_tensor(dense.compared(image, nothing, found))
+    assert torch.equal(picture[:, -516:-4, 520:1032], large)
+    assert torch.equal(picture[:, -516:-4, 1036:1548], drawn)
 
 
 def test_names_are_whole():

@@ -26,16 +26,12 @@ pytest.importorskip("pycocotools")
 from pycocotools import mask as coco_mask
 
 SIZE = [31, 45]  # of the images in `coco`
-# torchvision's defaults are made for 800 pixels: fewer proposals do for these
-FEW = dict(rpn_post_nms_top_n_train=20, rpn_pre_nms_top_n_train=50, box_batch_size_per_image=16)
-
-
 TASK = Detection(Namespace(dtype="fp32"), CPU)
 STILL = TASK.transform(None, False)
 
 
-def detector(dtype=torch.float32, sizes=(64,), **changes):
-    return mask_rcnn(vit(**changes), 5, sizes=sizes, width=16, dtype=dtype, **FEW)
+def detector(dtype=torch.float32, **changes):
+    return mask_rcnn(vit(**changes), 5, size=64, width=16, dtype=dtype)
 
 
 def target(*corners, side=64):
@@ -64,7 +60,7 @@ def test_coco(tmp_path, capsys):
     assert math.isnan(coco_scores([(285, [])], val)["box_ap"])
     swapped = train.select(torch.tensor([1, 0]))
     assert swapped.read(1)[1]["image_id"] == 139 and swapped.digest() != train.digest()
-    name = f"{tmp_path}/train/train2017/000000000139.jpg or its annotation (45 x 31)"
+    name = f"{tmp_path}/train/train2017/000000000139.jpg or its annotation"
     assert swapped.name(1) == train.name(0) == name
     moved = coco(tmp_path / "moved", lambda c: c["annotations"][0].update(bbox=[6, 4, 20, 10]))
     assert load_coco(moved, "train").digest() != train.digest()
@@ -156,13 +152,13 @@ NOT_COCO = "train2017.json is no file of COCO's instances"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.pop("images"), f"{NOT_COCO} .KeyError..images"),
+        (lambda c: c.pop("images"), f"{NOT_COCO}.* .KeyError..images"),
         (lambda c: c.update(annotations=[7]), NOT_COCO),
-        (lambda c: c["images"][0].update(id=285), "has two images of one id"),
-        (lambda c: c["categories"][0].update(id=3), "has two categories of one id"),
+        (lambda c: c["images"].append(c["images"][0]), "has two images of one id"),
+        (lambda c: c["categories"].append(c["categories"][0]), "has two categories of one id"),
         (lambda c: c["images"][0].update(file_name="x.jpg"), "the image .'x.jpg'., which is not i"),
-        (lambda c: c["annotations"][0].update(image_id=5), r"of images \[5\], which it does no"),
-        (lambda c: c["annotations"][0].update(category_id=7), r"of categories \[7\], which it do"),
+        (lambda c: c["annotations"][0].update(image_id=5), r"of what it does not list .KeyError.5"),
+        (lambda c: c["annotations"][0].update(category_id=7), r"it does not list .KeyError.7"),
     ],
 )
 def test_annotations_that_cannot_be_used(tmp_path, edit, message):
@@ -174,7 +170,7 @@ def test_an_annotation_file_that_is_none(tmp_path):
     file.write_text("{")
     refused(load_coco, tmp_path / "a", "train", message=NOT_COCO)
     file.unlink()
-    refused(load_coco, tmp_path / "a", "train", message=f"{NOT_COCO} .FileNotFoundError")
+    refused(load_coco, tmp_path / "a", "train", message=f"{NOT_COCO}.* .FileNotFoundError")
 
 
 def test_transforms_move_boxes_and_masks_alike(tmp_path):
@@ -217,7 +213,7 @@ def test_what_the_task_makes_of_the_model():
 
 def test_boxes_are_exact_under_bfloat16():
     """Encoder and FPN are in bfloat16; anchors, heads and boxes are not."""
-    model, seen = detector(torch.bfloat16, sizes=(32,), patch_size=16).eval(), {}
+    model, seen = detector(torch.bfloat16, patch_size=16).eval(), {}
     parts = dict(
         mlp=model.backbone.pyramid.vit.blocks[0].mlp.fc1,
         fpn=model.backbone.fpn.layer_blocks[0],
@@ -314,8 +310,7 @@ def in_each_of_two_processes(root, expected):
     assert distributed.WORLD_SIZE == 2
     with distributed.process_group("cpu") as device:
         data = load_coco(root, "train")
-        images = loader(data, STILL, 2, keep_labels=False)
-        [scores] = TASK.evaluate([knowing(data, 0, 3, 1)], images)
+        [scores] = TASK.evaluate([knowing(data, 0, 3, 1)], loader(data, STILL, keep_labels=False))
         assert scores == pytest.approx(expected)
 
         images = noise(2, 3, 64, 64, seed=RANK)
@@ -336,16 +331,9 @@ def in_each_of_two_processes(root, expected):
 
 
 def test_two_processes(tmp_path, monkeypatch):
-    """What each of them finds has another precision than what both find together."""
-    scenes, shifts = write_scenes(monkeypatch, tmp_path, 12, 1), (0, 3, 1)
+    scenes = write_scenes(monkeypatch, tmp_path, 12, 1)
     data = load_coco(scenes, "train")
-    images = loader(data, STILL, 2, keep_labels=False)
-    [scores] = TASK.evaluate([knowing(data, *shifts)], images)
-    for part in (range(0, 12, 2), range(1, 12, 2), range(12)):
-        found = [(i + 1, detections(perfect(data, i, shifts[i % 3]))) for i in part]
-        alone = coco_scores(found, data)
-        assert 20 < alone["box_ap"] < 95
-        assert (abs(alone["box_ap"] - scores["box_ap"]) < 1e-9) == (len(part) == 12)
+    [scores] = TASK.evaluate([knowing(data, 0, 3, 1)], loader(data, STILL, keep_labels=False))
     code = f"import pathlib, test_detection as t; root = pathlib.Path({str(scenes)!r})\n"
     code += f"t.in_each_of_two_processes(root, {scores})"
     succeed(start(code, 2))
@@ -387,5 +375,3 @@ def test_what_is_known_of_an_image(tmp_path):
     refused(truth, f"train2017/{name}", ["cat"], message="has other classes than the model")
     Image.new("RGB", (45, 32)).save(root / "train2017" / name)
     refused(truth, f"train2017/{name}", message="cannot be read, or is turned or of another size")
-    (root / "annotations/instances_val2017.json").write_text("{}")
-    refused(truth, f"val2017/{name}", message="is no file of COCO's instances")
