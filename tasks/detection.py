@@ -68,7 +68,13 @@ class Detection(Classification):
 
     def model(self, vit: ViT, classes: int, head_width: int | None) -> nn.Module:
         size = min(vit.config.image_hw)
-        return mask_rcnn(vit, 1 + classes, size, head_width or 256, self.dtype)
+        sizes = tuple(range(size, size * 3 // 5 - 1, -32))[::-1]  # of 800: 480, 512, …, 800
+        fewer = {}
+        if size <= SMALL:  # torchvision's are for large images
+            fewer = dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
+            fewer |= dict(box_batch_size_per_image=64)
+        width, longest = head_width or 256, size * 5 // 3
+        return mask_rcnn(vit, 1 + classes, sizes, longest, width, self.dtype, **fewer)
 
     def transform(self, config: Config, training: bool) -> Callable:
         """(image, objects) -> the same, in training flipped at random; the model resizes."""
@@ -147,7 +153,8 @@ class COCODetection(ImageSet):
         return dict(id=image_id, height=h, width=w), objects
 
     def name(self, i: int) -> str:
-        return super().name(i) + " or its annotation"
+        image, _ = self.item(i)
+        return f"{super().name(i)} or its annotation ({image['width']} x {image['height']} pixels)"
 
     def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
         """Image i, uint8 (3, h, w), and its n objects: boxes float32 (n, 4), corners x, y, x, y,
@@ -293,32 +300,31 @@ class FeaturePyramid(nn.Module):
 def mask_rcnn(
     vit: ViT,
     num_classes: int,
-    size: int = 800,
+    sizes: tuple[int, ...] = tuple(range(480, 801, 32)),
+    longest: int = 1333,
     width: int = 256,
     dtype: torch.dtype = torch.float32,
+    **more,
 ) -> detection.MaskRCNN:
     """torchvision's Mask R-CNN on a pyramid and an FPN of `width` channels, heads in proportion.
 
     It takes a list of images, float (C, h, w), ImageNet-normalised; num_classes counts the
-    background, class 0. An image's short side becomes `size`, in training one of 480, 512, …, 800
-    (of 800), the long side at most 5/3 of `size`. Anchors are torchvision's, 8 strides a side.
-    Encoder and FPN run under autocast to `dtype`; anchors and boxes would lose pixels by it.
+    background, class 0. An image's short side becomes one of `sizes`, drawn in training and the
+    last in evaluation, the long side at most `longest`. Anchors are torchvision's, 8 strides a
+    side. Encoder and FPN run under autocast to `dtype`; anchors and boxes would lose pixels by it.
+    more: torchvision's other arguments.
     """
-    fewer = {}
-    if size <= SMALL:  # torchvision's are for large images
-        fewer = dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100)
-        fewer |= dict(box_batch_size_per_image=64)
     model = detection.MaskRCNN(
         FeaturePyramid(vit, width, dtype),
-        min_size=tuple(range(size, size * 3 // 5 - 1, -32))[::-1],
-        max_size=size * 5 // 3,
+        min_size=sizes,
+        max_size=longest,
         image_mean=(0.0,) * 3,
         image_std=(1.0,) * 3,
         box_head=detection.faster_rcnn.TwoMLPHead(width * 7**2, 4 * width),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
         mask_head=detection.mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
         mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, num_classes),
-        **fewer,
+        **more,
     )
     model.config = vit.config
     return model

@@ -31,7 +31,8 @@ STILL = TASK.transform(None, False)
 
 
 def detector(dtype=torch.float32, **changes):
-    return mask_rcnn(vit(**changes), 5, size=64, width=16, dtype=dtype)
+    few = dict(rpn_post_nms_top_n_train=100, rpn_pre_nms_top_n_train=200)
+    return mask_rcnn(vit(**changes), 5, (64,), 106, 16, dtype, **few, box_batch_size_per_image=64)
 
 
 def target(*corners, side=64):
@@ -60,7 +61,7 @@ def test_coco(tmp_path, capsys):
     assert math.isnan(coco_scores([(285, [])], val)["box_ap"])
     swapped = train.select(torch.tensor([1, 0]))
     assert swapped.read(1)[1]["image_id"] == 139 and swapped.digest() != train.digest()
-    name = f"{tmp_path}/train/train2017/000000000139.jpg or its annotation"
+    name = f"{tmp_path}/train/train2017/000000000139.jpg or its annotation (45 x 31 pixels)"
     assert swapped.name(1) == train.name(0) == name
     moved = coco(tmp_path / "moved", lambda c: c["annotations"][0].update(bbox=[6, 4, 20, 10]))
     assert load_coco(moved, "train").digest() != train.digest()
@@ -192,8 +193,10 @@ def test_what_the_task_makes_of_the_model():
     with torch.device("meta"):
         large = TASK.model(vit(image_size=800, patch_size=16), 80, None)
         small = TASK.model(vit(), 4, 16)
+        plain = mask_rcnn(vit(), 81)
     for model, sizes, *expected in (
         (large, range(480, 801, 32), 1333, 81, 81, 256, 1024, 512, 2000, 2000),
+        (plain, range(480, 801, 32), 1333, 81, 81, 256, 1024, 512, 2000, 2000),
         (small, range(64, 65), 106, 5, 5, 16, 64, 64, 200, 100),
     ):
         resize, rpn, heads = model.transform, model.rpn, model.roi_heads
