@@ -439,7 +439,7 @@ def finetuned_model(task: Classification) -> tuple[nn.Module, list[str] | None]:
         model = task.model(vit, len(classes), saved.get("head_width"))
         weights = saved["model"]
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"--from {path} is no model that this script fine-tuned") from None
+        raise UserError(f"--from {path} is no fine-tuned model: fine-tune it first") from None
     checkpoint.load_weights(model, weights, f"--from {path}")
     return model.to(task.device).eval(), classes
 

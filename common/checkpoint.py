@@ -48,18 +48,20 @@ def save_model(path: Path, model: nn.Module, **more) -> None:
 SAFETENSORS = re.compile(rb".{5}\0\0\0\{", re.DOTALL)  # a length, then JSON
 # What first bytes, or an error, tell of a file that cannot be read: the first that is found.
 REASONS = {
-    r"\A\s*(<|{|version )": "it is text, a web page or git-LFS's pointer: download the file",
+    r"\A\s*(<|{|version )": "it is text, a web page or a pointer for git lfs pull: get the file",
     r"ModuleNotFoundError": "it needs pip install -e '.[safetensors]'",
     r"GLOBAL (\S+)": r"it names \1: save model.state_dict() alone",
-    r"EOF|truncated|central directory|not fully covered": "it ends too early: download it again",
-    r"Weights only": "it is damaged, or holds more than tensors and plain values",
+    r"EOF|truncated|central directory|SafetensorError": "it ends too early: get it again",
+    r"TorchScript": "it is a program: save the state dict of what torch.jit.load gives",
+    r"not in a subdirectory": "it is an archive: unpack it",
 }
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
     """The tensors and plain values in a file of torch or safetensors, on the CPU, or what
-    `read_paddle` makes of a file of the authors. Raises OSError where it cannot be opened, and
-    UserError for any that is something else."""
+    `read_paddle` makes of a file of the authors. Raises UserError for anything else, and what the
+    system raises where it cannot be opened."""
+    require(Path(path).is_file(), f"there is no file {path}")
     with open(path, "rb") as file:
         first = file.read(64)
     try:
@@ -73,7 +75,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for what is not its own
         signs = f"{first.decode('latin1')}\n{type(error).__name__}: {error}"
         found = (m.expand(REASONS[p]) for p in REASONS if (m := re.search(p, signs)))
-        reason = next(found, f"{error!r:.100}")
+        reason = next(found, "it is damaged, or of no known format")
         raise UserError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
     require(isinstance(saved, dict), f"{path} is no checkpoint: it holds a {type(saved).__name__}")
     return saved
@@ -108,21 +110,24 @@ def resume(out: str, parts: dict[str, Any], identity: dict[str, Any]) -> dict[st
     another model, other flags or other data, and where not all processes see the same.
     """
     path = Path(out) / "checkpoint.pt"
-    saved = load_file(path) if path.exists() else {}
-    everywhere = {*gather(saved.get("epoch"))}
+    saved = load_file(path) if path.exists() else None
+    everywhere = {*gather(saved and saved.get("epoch"))}
     require(len(everywhere) == 1, f"--out {out} must be shared by all nodes")
-    if not saved:
-        return saved
+    if saved is None:
+        return {}
     try:
         old, new = saved["identity"], identity.get
         other = [f"{k} {v!s:.60} -> {new(k)!s:.60}" for k, v in old.items() if v != new(k)]
-        require(not other, f"it has other {few(other)}; give what it began with, or another --out")
+        require(
+            not other, f"it has other {few(other, 9)}; give what it began with, or another --out"
+        )
         for name, part in parts.items():
             if saved[name]:  # the loss scaler has nothing to save but in fp16
                 part.load_state_dict(saved[name])
         say(f"resuming {path} after epoch {saved['epoch']} of {identity['epochs']}")
     except Exception as error:  # a damaged file can be anything
-        reason = error if isinstance(error, UserError) else f"damaged? {error!r:.100}"
+        reason = "it is damaged, or of another script: move it away, or choose another --out"
+        reason = error if isinstance(error, UserError) else reason
         raise UserError(f"--resume cannot continue {path}: {reason}") from None
     return saved
 
@@ -185,11 +190,11 @@ def load_weights(
     for name in dict.fromkeys(missing + unused):
         if not name.startswith(free):
             shapes = [tuple(x[name].shape) if name in x else "missing" for x in (weights, own)]
-            wrong.append("{} is {} in it, {} in the model".format(name, *shapes))
+            wrong.append("{} is {} in it and {} in the model".format(name, *shapes))
     for name, value in fitting.items():
         if not value.float().isfinite().all():
             wrong.append(f"{name} holds NaN or infinity")
-    require(not wrong, f"{path} does not fit the model: {few(wrong, 1)}")
+    require(not wrong, f"{path} does not fit the model: {few(wrong, 3)}")
     model.load_state_dict(own | fitting)
     return missing, unused
 
@@ -215,7 +220,10 @@ def load_encoder(vit: mirl.ViT, path: str, truncated: bool = False) -> list[str]
     if truncated:
         free += tuple(f"blocks.{k}." for k in range(parts_of(weights, "blocks."), config.depth))
     missing, unused = load_weights(vit, weights, path, free)
-    own, told = len(vit.state_dict()), [few(names) or "none" for names in (missing, unused)]
+    own, told = len(vit.state_dict()), []
+    for names in (missing, unused):
+        whole = dict.fromkeys(re.sub(r"^(blocks\.\d+)\..*", r"\1", name) for name in names)
+        told.append(", ".join(whole) or "none")
     taken = f"{own - len(missing)} of {own} tensors from {path}"
     say("{}; at random: {}; unused: {}".format(taken, *told))
     return missing
@@ -230,8 +238,9 @@ def config_of(saved: dict, vit: dict[str, Tensor], path: str | Path, like: Confi
         n = vit["pos_embed"].shape[1] - 1
         size = P * math.isqrt(n)
     except (KeyError, IndexError, ValueError):
-        held = few(vit) or "no tensors"
-        raise UserError(f"{path} holds no weights of a ViT by timm's names, but {held}") from None
+        lacks = "has no patch_embed.proj.weight and pos_embed, timm's names"
+        held = f"to which others must be converted: it holds {few(vit) or 'no tensors'}"
+        raise UserError(f"{path} {lacks}, {held}") from None
     try:
         return Config(**saved["config"])
     except (KeyError, TypeError):  # not ours
@@ -256,7 +265,7 @@ def load_mirl(path: str | Path, **overrides) -> mirl.MIRL:
     weights = named_tensors(saved, whole=True)
     require(
         weights.keys() >= {"encoder.cls_token", "decoders.0.mask_token"},
-        f"{path} holds no decoders: give a checkpoint.pt of pre-training, or the authors'",
+        f"{path} holds no decoders: give a checkpoint.pt of pre-training, or the authors' file",
     )
     depth, width = parts_of(weights, "encoder.blocks."), weights["encoder.cls_token"].shape[2]
     size = depth, width, parts_of(weights, "decoders.")

@@ -105,7 +105,10 @@ def read_images(flag: str, paths: list[str]) -> list[Tensor]:
     for path in paths:
         require(Path(path).is_file(), f"{flag}: there is no file {path}")
         images.append(read_image(path, upright=True))
-        require(images[-1] is not None, f"{flag}: {path} cannot be read as an 8- or 16-bit image")
+        require(
+            images[-1] is not None,
+            f"{flag}: {path} cannot be read as one of 8 or 16 bits, or 0 to 1",
+        )
     return images
 
 
@@ -324,7 +327,7 @@ def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Any, Any
     dataset = loader.dataset
     names = {dataset.data.name(i) for i in set().union(*gather(found))}
     for name in sorted(names - dataset.broken):
-        say(f"warning: {name} cannot be used: another image is in its place")
+        say(f"warning: {name} cannot be used; in training another image takes its place")
     dataset.broken |= names
 
 

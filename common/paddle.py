@@ -63,15 +63,17 @@ class PaddleUnpickler(pickle.Unpickler):
         return known[full]
 
 
-def read_paddle(path: str | Path) -> dict[str, Any]:
+def read_paddle(path: str | Path) -> Any:
     """A file of the authors, as if it were ours: {"model": weights by our names}. [R]
 
     A tensor in it is a numpy array, or (name, array); one over 1 GiB is cut into pieces. Linear
-    weights, the only ones of two dimensions, become torch's (out, in). Raises any exception for
-    what is damaged or names anything that is not expected.
+    weights, the only ones of two dimensions, become torch's (out, in). What is no dict is returned
+    as it is. Raises any exception for what is damaged or names anything that is not expected.
     """
     with open(path, "rb") as file:
         saved = PaddleUnpickler(file).load()
+    if not isinstance(saved, dict):
+        return saved
     state = saved.get("model", saved)
     tensors = {}
     for name, array in state.items():

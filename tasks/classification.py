@@ -35,8 +35,8 @@ class Classification:
         args = self.args
         data = load_data(args.data, args.data_dir, split)
         keep = (data.labels >= 0).nonzero()[:, 0]
-        why = f"--data {args.data}: the {split} images have no labels: put them in {split}/<class>/"
-        require(len(keep), why)
+        why = "have no labels, which are the folders train/<class>/ and val/<class>/"
+        require(len(keep), f"--data {args.data}: the {split} images {why}")
         if left := len(data) - len(keep):
             say(f"warning: {left} {split} images are in no folder of a class in train/: left out")
             data = data.select(keep)

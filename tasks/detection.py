@@ -153,8 +153,10 @@ class COCODetection(ImageSet):
         return dict(id=image_id, height=h, width=w), objects
 
     def name(self, i: int) -> str:
-        image, _ = self.item(i)
-        return f"{super().name(i)} or its annotation ({image['width']} x {image['height']} pixels)"
+        path, (known, _) = super().name(i), self.item(i)
+        image = read_sized(path, (known["height"], known["width"]))
+        size = "" if image is None else f" ({image.shape[2]} x {image.shape[1]} pixels)"
+        return f"{path}{size} or its annotation ({known['width']} x {known['height']})"
 
     def read(self, i: int) -> tuple[tv_tensors.Image, dict] | None:
         """Image i, uint8 (3, h, w), and its n objects: boxes float32 (n, 4), corners x, y, x, y,
@@ -239,28 +241,36 @@ def load_coco(root: Path, split: str) -> COCODetection:
     """
     folder = root / f"{split}2017"
     file = annotation_file(folder)
+    require(file.is_file(), f"--data {root}: there is no {file}")
     try:
         content = json.loads(file.read_bytes())
         images, categories, found = (content[k] for k in ("images", "categories", "annotations"))
         names = {x["id"]: x["file_name"] for x in images}
         sizes = {x["id"]: (int(x["height"]), int(x["width"])) for x in images}
-        kinds = {x["id"]: x["name"] for x in categories}
+        kinds = {x["id"]: str(x["name"]) for x in categories}
         label_of = {kind: label for label, kind in enumerate(sorted(kinds), start=1)}
-        placed = [(x, sizes[x["image_id"]], label_of[x["category_id"]]) for x in found]
+        annotated, used = ({x[k] for x in found} for k in ("image_id", "category_id"))
         there = files_in(folder)
         missing = sorted({*names.values()} - {*there})
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        why = "is no file of COCO's instances, or has annotations of what it does not list"
-        raise UserError(f"{file} {why} ({error!r:.80})") from None
-    for what, known in (("images", names), ("categories", kinds)):
-        require(len(known) == len(content[what]), f"{file} has two {what} of one id")
+        sorted(names)  # COCO's evaluation will: the ids must be of one kind
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{file} is no file of COCO's instances ({error!r:.80})") from None
+    for what, known, listed in (
+        ("images of one id", names, images),
+        ("images of one file name", {*names.values()}, images),
+        ("categories of one id", kinds, categories),
+    ):
+        require(len(known) == len(listed), f"{file} has two {what}")
+    for what, lone in (("image", annotated - names.keys()), ("category", used - kinds.keys())):
+        lone = [*lone][:1]
+        require(not lone, f"{file} has annotations of {what} {lone}, which it does not list")
     require(not missing, f"{file} annotates the image {missing[:1]}, which is not in {folder}")
     warn(folder, f"images that are not in {file} left out", sorted({*there} - {*names.values()}))
-    wanted = names if split == "val" else {x["image_id"] for x in found}
-    objects = {image: [] for image in names if image in wanted}
+    objects = {image: [] for image in names if split == "val" or image in annotated}
     wrong = []
-    for x, (h, w), label in placed:
-        image = x["image_id"]
+    for x in found:
+        image, label = x["image_id"], label_of[x["category_id"]]
+        h, w = sizes[image]
         if not usable(x, h, w):
             wrong.append(f"of {names[image]}")
             continue

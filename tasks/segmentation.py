@@ -136,11 +136,13 @@ class ADE20K(ImageSet):
         image = read_sized(f"{self.root}/images/{name}", labels.shape[1:])
         if image is None:
             return None
-        fits = labels.shape == (1, *image.shape[1:])
-        require(fits, f"{map_path} is no map of one label for each pixel of its image")
+        shapes = tuple(labels.shape), (1, *image.shape[1:])
+        what = "{} is no map of one label for each pixel of its image: it is {}, and not {}"
+        require(shapes[0] == shapes[1], what.format(map_path, *shapes))
         ignored, classes = (labels == 0) | (labels == IGNORED), len(self.classes)
         wrong = labels[(labels > classes) & ~ignored][:1].tolist()
-        require(not wrong, f"{map_path} has the label {wrong}: the classes are 1 to {classes}")
+        allowed = f"the classes are 1 to {classes}, and 0 or {IGNORED} count for nothing"
+        require(not wrong, f"{map_path} has the label {wrong}: {allowed}")
         labels = (labels - 1).masked_fill(ignored, IGNORED)[0].to(torch.uint8)
         return tv_tensors.Image(image), tv_tensors.Mask(labels)
 

@@ -178,7 +178,7 @@ def test_what_has_no_label_or_cannot_be_read_does_not_count(tmp_path, capsys):
     assert [m["raw_val_images"] for m in metrics(out, "epoch")] == [32, 32]
     assert metrics(out, "epoch")[-1]["corrupt_files"] == 2
     said = capsys.readouterr().out
-    assert said.count("cannot be used: another image is in its place") == 2
+    assert said.count("cannot be used; in training another image takes its place") == 2
     assert "2 val images are in no folder of a class in train/" in said
     assert finetune("--data", folder / "train" / "cat", "--out", tmp_path / "other") == 2
     assert "the val images have no labels" in capsys.readouterr().err

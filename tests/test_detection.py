@@ -61,7 +61,9 @@ def test_coco(tmp_path, capsys):
     assert math.isnan(coco_scores([(285, [])], val)["box_ap"])
     swapped = train.select(torch.tensor([1, 0]))
     assert swapped.read(1)[1]["image_id"] == 139 and swapped.digest() != train.digest()
-    name = f"{tmp_path}/train/train2017/000000000139.jpg or its annotation (45 x 31 pixels)"
+    name = (
+        f"{tmp_path}/train/train2017/000000000139.jpg (45 x 31 pixels) or its annotation (45 x 31)"
+    )
     assert swapped.name(1) == train.name(0) == name
     moved = coco(tmp_path / "moved", lambda c: c["annotations"][0].update(bbox=[6, 4, 20, 10]))
     assert load_coco(moved, "train").digest() != train.digest()
@@ -156,10 +158,15 @@ NOT_COCO = "train2017.json is no file of COCO's instances"
         (lambda c: c.pop("images"), f"{NOT_COCO}.* .KeyError..images"),
         (lambda c: c.update(annotations=[7]), NOT_COCO),
         (lambda c: c["images"].append(c["images"][0]), "has two images of one id"),
+        (lambda c: c["images"].append(dict(c["images"][0], id=1)), "two images of one file name"),
+        (lambda c: c["images"][1].update(id="x"), f"{NOT_COCO} .TypeError"),
         (lambda c: c["categories"].append(c["categories"][0]), "has two categories of one id"),
         (lambda c: c["images"][0].update(file_name="x.jpg"), "the image .'x.jpg'., which is not i"),
-        (lambda c: c["annotations"][0].update(image_id=5), r"of what it does not list .KeyError.5"),
-        (lambda c: c["annotations"][0].update(category_id=7), r"it does not list .KeyError.7"),
+        (lambda c: c["annotations"][0].update(image_id=5), r"of image .5., which it does not list"),
+        (
+            lambda c: c["annotations"][0].update(category_id=7),
+            r"of category .7., which it does not",
+        ),
     ],
 )
 def test_annotations_that_cannot_be_used(tmp_path, edit, message):
@@ -171,7 +178,7 @@ def test_an_annotation_file_that_is_none(tmp_path):
     file.write_text("{")
     refused(load_coco, tmp_path / "a", "train", message=NOT_COCO)
     file.unlink()
-    refused(load_coco, tmp_path / "a", "train", message=f"{NOT_COCO}.* .FileNotFoundError")
+    refused(load_coco, tmp_path / "a", "train", message=f"there is no {file}")
 
 
 def test_transforms_move_boxes_and_masks_alike(tmp_path):

@@ -200,7 +200,7 @@ def test_files_of_the_first_version_are_read(tmp_path, begin, capsys):
     path = saved(vit(pool="none"))
     assert finetune("--from", path, "--epochs", 1, "--out", tmp_path / "run") == 0
     assert f"76 of 80 tensors from {path}" in capsys.readouterr().out
-    refused(capsys, "a.pt is no model that this script fine-tuned", "--eval", "--from", path)
+    refused(capsys, "a.pt is no fine-tuned model: fine-tune", "--eval", "--from", path)
 
     model = vit(num_classes=16)
     model.load_state_dict(begin)

@@ -135,7 +135,7 @@ def test_what_else_is_no_such_file(tmp_path, sample):
     assert wrong["shape"] != whole and b"O8" in wrong["pointers"]
     for name, content in wrong.items():
         (tmp_path / f"{name}.pd").write_bytes(content)
-        message = rf"{name}.pd is not a checkpoint .* read safely \(.+\)"
+        message = rf"{name}.pd is not a checkpoint .* read safely|{name}.pd .* it holds a list"
         refused(load_file, tmp_path / f"{name}.pd", message=message)
 
 
