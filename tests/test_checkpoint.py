@@ -33,16 +33,19 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(path.exists()) or fsync(file))
     checkpoint.save(path, lambda file: file.write(b"first"))
     assert synced == [False]  # it is on the disk before it has its name
+    with open(path, "rb") as before:
+        checkpoint.save(path, lambda file: file.write(b"second"))
+        assert (before.read(), path.read_bytes()) == (b"first", b"second")
 
     def fail(file):
         file.write(bytes(2**20))
-        assert path.read_bytes() == b"first"
+        assert path.read_bytes() == b"second"
         assert Path(file.name).parent == path.parent  # a move within the file system is atomic
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
         checkpoint.save(path, fail)
-    assert path.read_bytes() == b"first" and [*tmp_path.iterdir()] == [path]
+    assert path.read_bytes() == b"second" and [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9999])  # where it ends, torch's errors differ
