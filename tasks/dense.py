@@ -82,7 +82,7 @@ def data_folder(name: str, data_dir: str) -> Path:
     with rank_zero_first():
         if name == "scenes" and not root.exists():
             write_scenes(root)
-    require(root.is_dir(), f"--data {name}: there is no such folder (and the name is scenes)")
+    require(root.is_dir(), f"--data {name}: there is no such folder; what is embedded is scenes")
     return root
 
 
