@@ -67,12 +67,12 @@ class Segmentation(Classification):
 
     def segment(self, model: nn.Module, image: Tensor, size: tuple[int, int]) -> Tensor:
         """The class of each pixel, int64 (*size), of an image, float32 (3, H, W)."""
-        # without --slide, one window over all
-        window = min(model.config.image_hw) if self.args.slide else max(image.shape[1:])
+        window = min(model.config.image_hw)
+        slide = functools.partial(slide_inference, size=window, stride=window * 2 // 3)
+        infer = slide if self.args.slide else whole_inference
         with autocast(self.device, self.dtype):
             # by __call__, torch.compile would compile once more
-            logits = slide_inference(model.forward, image[None], window, window * 2 // 3)
-            logits = resize_maps(logits, size)
+            logits = resize_maps(infer(model.forward, image[None]).float(), size)
         return logits.argmax(dim=1)[0]
 
     @torch.no_grad()
@@ -264,6 +264,13 @@ def segmentation_loss(out: dict[str, Tensor], labels: Tensor) -> Tensor:
     return loss(out["out"]).mean() + 0.4 * loss(out["aux"]).mean()
 
 
+def whole_inference(model: Callable, images: Tensor) -> Tensor:
+    """Logits (B, classes, H, W) of images (B, 3, H, W), padded with zeros, ImageNet's mean, to
+    sides that `Pyramid` takes, multiples of 32."""
+    h, w = images.shape[2:]
+    return model(F.pad(images, (0, -w % 32, 0, -h % 32)))[:, :, :h, :w]
+
+
 def slide_inference(model: Callable, images: Tensor, size: int, stride: int) -> Tensor:
     """Logits (B, classes, H, W): the mean over windows of `size` that cover images (B, 3, H, W).
     The last window of a row or column ends at the edge, as in mmsegmentation."""
@@ -278,8 +285,7 @@ def slide_inference(model: Callable, images: Tensor, size: int, stride: int) -> 
         for left in starts(w):
             window = images[:, :, top : top + size, left : left + size]
             y, x = window.shape[2:]
-            # with zeros, ImageNet's mean, to sides that `Pyramid` takes
-            logits = model(F.pad(window, (0, -x % 32, 0, -y % 32)))[:, :, :y, :x].float()
+            logits = whole_inference(model, window).float()
             total = total + F.pad(logits, (left, w - left - x, top, h - top - y))
             windows[top : top + y, left : left + x] += 1
     return total / windows
