@@ -105,7 +105,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
          "runs with a loss scaler and overflows sooner")
     flag("--compile", action=switch, default=False,
          help="torch.compile: minutes of waiting first, then faster steps")
-    flag("--workers", type=number(int, low=0), default=default_workers(),
+    flag("--workers", type=number(int, low=0, high=999), default=default_workers(),
          help="processes that read and augment images, 0 for none; default this one's share of the "
          "cores, at most 16, here %(default)s")
     flag("--seed", type=number(int, low=0), default=0,
