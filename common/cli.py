@@ -87,7 +87,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
          help="the effective batch, over all processes and accumulated micro-batches")
     flag("--device-batch-size", type=count,
          help="images on a device at a time, the rest of the batch being accumulated; lower it "
-         "where memory runs out. Default: what divides the batch, more of smaller images")
+         "where memory runs out. Default: what divides the batch, up to 256 images of 224 pixels "
+         "in pre-training, 128 in fine-tuning, more of smaller ones")
     flag("--lr", type=positive, help="peak learning rate; default --base-lr x --batch-size / 256")
     flag("--base-lr", type=positive,
          help="learning rate for a batch of 256; raise it for small models and short runs")
@@ -101,8 +102,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--device", type=text, default="auto",
          help="auto (CUDA, then MPS, then CPU), cuda, cuda:N, mps or cpu; default auto")
     flag("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-         help="precision of the forward pass; auto is bf16 on GPUs made for it, else fp32. fp16 "
-         "runs with a loss scaler and overflows sooner")
+         help="precision of the forward pass; auto is bf16 on GPUs made for it, else fp32 (on a "
+         "GPU with TF32 in matrix products). fp16 runs with a loss scaler and overflows sooner")
     flag("--compile", action=switch, default=False,
          help="torch.compile: minutes of waiting first, then faster steps")
     flag("--workers", type=number(int, low=0, high=999), default=default_workers(),

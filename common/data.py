@@ -105,10 +105,8 @@ def read_images(flag: str, paths: list[str]) -> list[Tensor]:
     for path in paths:
         require(Path(path).is_file(), f"{flag}: there is no file {path}")
         images.append(read_image(path, upright=True))
-        require(
-            images[-1] is not None,
-            f"{flag}: {path} cannot be read as one of 8 or 16 bits, or 0 to 1",
-        )
+        kinds = "an image of 8 or 16 bits a channel, or floats from 0 to 1"
+        require(images[-1] is not None, f"{flag}: {path} cannot be read as {kinds}")
     return images
 
 

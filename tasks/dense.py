@@ -78,10 +78,12 @@ class Pyramid(nn.Module):
 def data_folder(name: str, data_dir: str) -> Path:
     """The folder that --data names; `scenes` are written into `data_dir` at first use. Raises
     UserError where there is none."""
-    root = Path(data_dir) / name if name == "scenes" else Path(name)
-    with rank_zero_first():
-        if name == "scenes" and not root.exists():
-            write_scenes(root)
+    root = Path(name)
+    if name == "scenes":
+        root = Path(data_dir) / name
+        with rank_zero_first():
+            if not root.exists():
+                write_scenes(root)
     require(root.is_dir(), f"--data {name}: there is no such folder; what is embedded is scenes")
     return root
 

@@ -174,25 +174,25 @@ def depth(gpus: int) -> None:
 # a training step takes minutes there.
 
 TOGETHER = {  # several at a time, the longest first
-    "quick": (240, quick, None),
-    "tests": (180, tests, None),
+    "quick": (240, quick),
+    "tests": (180, tests),
     "compile-pretrain": (150, partial(two_epochs, "pretrain", "--compile"), "a GPU"),
     "compile-finetune": (150, partial(two_epochs, "finetune", "--compile"), "a GPU"),
-    "steps": (150, steps, None),
+    "steps": (150, steps),
     "detect": (150, partial(two_epochs, "finetune", "--task", "detect"), "pycocotools"),
-    "segment": (150, partial(two_epochs, "finetune", "--task", "segment"), None),
-    "torchrun": (120, torchrun, None),
-    "mae": (90, partial(two_epochs, "pretrain", "--method", "mae"), None),
+    "segment": (150, partial(two_epochs, "finetune", "--task", "segment")),
+    "torchrun": (120, torchrun),
+    "mae": (90, partial(two_epochs, "pretrain", "--method", "mae")),
 }
 ALONE = {  # then one by one, the most telling first
-    "pretrain": (120, partial(speed, "pretrain", 128), None),
+    "pretrain": (120, partial(speed, "pretrain", 128)),
     "pretrain-compiled": (180, partial(speed, "pretrain", 128, "vit_b", compile=True), "a GPU"),
-    "infer": (90, partial(speed, "infer", 256), None),
-    "infer-compiled": (120, partial(speed, "infer", 256, "vit_s", "vit_b", compile=True), None),
-    "finetune": (120, partial(speed, "finetune", 128), None),
+    "infer": (90, partial(speed, "infer", 256)),
+    "infer-compiled": (120, partial(speed, "infer", 256, "vit_s", "vit_b", compile=True)),
+    "finetune": (120, partial(speed, "finetune", 128)),
     "peers-pretrain": (90, partial(speed, "pretrain", 128, "vit_b", peers=True), "timm"),
     "peers-infer": (90, partial(speed, "infer", 256, "vit_s", "vit_b", peers=True), "timm"),
-    "depth": (3600, depth, "a GPU"),
+    "depth": (3600, depth, "a GPU", "matplotlib"),
 }
 PARTS = TOGETHER | ALONE
 RUNNING: set[subprocess.Popen] = set()
@@ -201,11 +201,11 @@ RUNNING: set[subprocess.Popen] = set()
 def run(name: str, folder: Path, gpus: int, until: float) -> dict:
     """Run a part, at most until this time, in a process of its own; the part's report."""
     began, results, words = time.monotonic(), {}, []
-    limit, _, needs = PARTS[name]
+    limit, _, *needs = PARTS[name]
     limit = min(limit, until - began)
-    lacking = needs and not (gpus if needs == "a GPU" else find_spec(needs))
+    lacking = [x for x in needs if not (gpus if x == "a GPU" else find_spec(x))]
     if lacking or limit < 10:
-        why = f"it needs {needs}" if lacking else "no time is left"
+        why = f"it needs {' and '.join(lacking)}" if lacking else "no time is left"
         return dict(state="skipped", seconds=0, results={}, words=[why])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

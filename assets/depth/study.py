@@ -4,7 +4,7 @@
     python assets/depth/study.py --size long    48 blocks alone, ten epochs in place of three
     python assets/depth/study.py --size gpu     wider models, on one GPU
 
-    table and figures of the results beside this file:
+The table and the figures of the results beside this file:
     python assets/depth/study.py --draw --out assets/depth
 
 A cell is one method, depth and seed: pre-training, then fine-tuning, a linear probe, and nearest
