@@ -201,7 +201,7 @@ def plain_steps(args, model, losses, images, augment, betas, processes, rate=lam
         yield record | dict(lr=factor * args.lr, grad_norm=norm.item())
 
 
-def assert_trained(out, records, logged, files):
+def assert_trained(out, records, logged, files, atol):
     """A run has logged these steps as the records are, and its files hold these weights."""
     spans = itertools.pairwise((0, *logged))
     for (since, step), line in zip(spans, metrics(out, "step"), strict=True):
@@ -220,7 +220,7 @@ def assert_trained(out, records, logged, files):
             for ending, parts, key in ((".qkv.bias", 3, 1), (".kv.bias", 2, 0)):
                 if name.endswith(ending):  # a key's bias has no gradient but what is rounded
                     x.chunk(parts)[key].copy_(weights[name].chunk(parts)[key])
-            torch.testing.assert_close(x, weights[name], rtol=1e-6, atol=5e-6, msg=name)
+            torch.testing.assert_close(x, weights[name], rtol=1e-6, atol=atol, msg=name)
 
 
 def last_line(capsys):
