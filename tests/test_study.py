@@ -33,6 +33,7 @@ def test_every_cell_is_what_it_is_called(size):
     cells = study.plan(size, [0, 3])
     assert len(set(map(str, cells))) == len(cells) == (6 if size == "long" else 28)
     assert str(cells[0]) == "mae-48-seed0"
+    compared = {}
     for cell in cells:
         flags = {name: c[1:] for name, c in study.commands(cell, arguments(size)).items()}
         finetune = train_finetune.parse(flags["finetune"])
@@ -48,6 +49,10 @@ def test_every_cell_is_what_it_is_called(size):
         assert (config.segments > 1, config.dense) == (cell.method != "mae", cell.method == "mirl")
         if not cell.truncated:
             assert train_finetune.parse(flags["linear"]).protocol == "linear"
+            for parsed, kind in ((args, 0), (finetune, 1)):  # compared: the method alone differs
+                first = vars(compared.setdefault((cell.depth, cell.seed, kind), parsed))
+                differ = {name for name in first if first[name] != vars(parsed)[name]}
+                assert differ <= {"method", "dense", "out", "from_"}
 
 
 def test_table_and_figures_of_known_results(tmp_path):
@@ -56,7 +61,7 @@ def test_table_and_figures_of_known_results(tmp_path):
         dict(method="mae", seed=1, loss=0.7, top1=53.0, linear=44.0, knn=30.0, blocks=[30.0] * 24),
         dict(method="mae", loss=0.5, top1=50.0, linear=40.0, knn=30.0),
         dict(method="scratch", top1=41.26, linear=20.0, knn=10.0),
-        dict(method="mirl", truncated=True, loss=0.6, top1=51.0, shares=[[0.25, 0.75]]),
+        dict(method="mirl", truncated=True, loss=0.6, top1=51.0),
     ]
     lines = [dict(depth=24, truncated=False, seed=0) | line for line in lines]
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -66,10 +71,31 @@ def test_table_and_figures_of_known_results(tmp_path):
         "| 24 | MAE | 0.600 ± 0.141 | 51.5 ± 2.1 | 42.0 ± 2.8 | 30.0 ± 0.0 |",
         "| 24 | MIRL, 18 blocks | 0.600 | 51.0 |  |  |",
     ]
-    table = study.summary(lines)
-    assert table["mae", 24, False]["top1"] == [50.0, 53.0]
-    study.draw_long(table, tmp_path / "long.png", depth=24)
-    assert all((tmp_path / f"{name}.png").exists() for name in ("depth", "lesson", "long"))
+    assert study.summary(lines)["mae", 24, False]["top1"] == [50.0, 53.0]
+    assert all((tmp_path / f"{name}.png").exists() for name in ("depth", "lesson"))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Those that are drawn, by their files' names."""
+    drawn, figure = {}, pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda self, path, **_: drawn.update({path.name: self}))
+    return drawn
+
+
+def test_the_longer_study_shows_what_residuals_carry(figures):
+    shares = [[0.25, 0.75], [0.5, 0.5], [0.125, 0.0]]  # of pairs 1, 2, 3, by epoch
+    common = dict(method="mirl", depth=48, truncated=False)
+    lines = [  # as they may end: the second seed before the first
+        dict(common, seed=1, shares=shares[::-1], blocks=[1] * 48),
+        dict(common, seed=0, shares=shares, blocks=list(range(48))),
+        dict(common, seed=0, method="mae", blocks=[2] * 48),
+    ]
+    study.draw_long(study.summary(lines), Path("depth.png"))
+    panels = figures["depth.png"].axes
+    drawn = [[(x.get_linestyle(), [*x.get_ydata()]) for x in axes.lines] for axes in panels]
+    assert drawn[0][:3] == [("-", [2] * 48), ("-", list(range(48))), ("--", [1] * 48)]
+    assert drawn[1:] == [[("-", a), ("--", b)] for a, b in zip(shares, shares[::-1])]
 
 
 def test_a_cell_from_end_to_end(tmp_path, monkeypatch):
@@ -97,12 +123,8 @@ def test_a_failure_ends_the_study_with_its_reason(tmp_path, flags, said):
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_the_figures_of_runs(tmp_path, monkeypatch, capsys):
+def test_the_figures_of_runs(tmp_path, monkeypatch, figures, capsys):
     """One has logged norms, of 8 blocks, but in its last step; the other is still fine-tuning."""
-    figures, figure = {}, pytest.importorskip("matplotlib.figure").Figure
-    monkeypatch.setattr(
-        figure, "savefig", lambda self, path, dpi: figures.update({path.name: self})
-    )
     norms = {f"grad_{k}": [i + j / 8 for j in range(8)] for i, k in enumerate(plot.KINDS)}
     logged = [dict(step=2, loss=1.5, **norms), dict(step=4, loss=0.5, **norms)]
     for name, steps, config in (
